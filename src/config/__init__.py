@@ -1,0 +1,1 @@
+"""The documented import path `src.config`; the code lives in `lyra_emergence`."""

@@ -1,0 +1,87 @@
+"""Bytes as people write them: parsing ("6GB", "6GiB", "90%") and formatting."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["format_bytes", "parse_bytes", "parse_fraction"]
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_AMOUNT = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)\s*(?P<unit>[A-Za-z]*)")
+_PERCENT = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)\s*%")
+_BITS = re.compile(r"[kKmMgGtT]i?b")
+_BARE_PREFIX = re.compile(r"[kKmMgGtT]i?")
+_STEP = 1000
+
+
+def parse_bytes(value: str | int) -> int:
+    """Return the number of bytes that `value` names.
+
+    Args:
+        value: A whole number of bytes, or text such as "6GB" (6e9), "6GiB" (6 * 2**30) or "500 MB".
+
+    Raises:
+        ValueError: The text is no amount of bytes, or its unit means bits; the message says what to write.
+    """
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r} is not an amount of memory; write '6GB'")  # noqa: TRY004
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError(f"{value} is negative; write '6GB'")
+        return value
+    match = _AMOUNT.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"{value!r} is not an amount of memory; write '6GB' or '6GiB'")
+    number, unit = match["number"], match["unit"]
+    if _BITS.fullmatch(unit):
+        raise ValueError(f"{value!r} is bits; write '{number}{unit[:-1].upper().replace('I', 'i')}B'")
+    if _BARE_PREFIX.fullmatch(unit):
+        prefix = unit[0].upper()
+        raise ValueError(f"{value!r} has no unit; write '{number}{prefix}B' or '{number}{prefix}iB'")
+    factor = _UNITS.get(unit.upper())
+    if factor is None:
+        raise ValueError(f"{value!r} has an unknown unit; write '6GB' or '6GiB'")
+    return int(float(number) * factor) if "." in number else int(number) * factor
+
+
+def parse_fraction(value: str) -> float | None:
+    """Return 0.9 for "90%", or None where `value` is no percentage.
+
+    Raises:
+        ValueError: The percentage is above 100.
+    """
+    match = _PERCENT.fullmatch(value.strip())
+    if match is None:
+        return None
+    fraction = float(match["number"]) / 100
+    if fraction > 1:
+        raise ValueError(f"{value!r} is more than the device has; write at most '100%'")
+    return fraction
+
+
+def format_bytes(count: int) -> str:
+    """Return `count` bytes in decimal units with three digits: 5370000000 is "5.37 GB"."""
+    sign, amount = ("-", -count) if count < 0 else ("", count)
+    if amount < _STEP:
+        return f"{sign}{amount} B"
+    scaled = float(amount)
+    for unit in ("kB", "MB", "GB"):
+        scaled /= _STEP
+        if scaled < _STEP:
+            return f"{sign}{_three_digits(scaled)} {unit}"
+    return f"{sign}{_three_digits(scaled / _STEP)} TB"
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else f"{number:.0f}"  # noqa: PLR2004

@@ -1,0 +1,1 @@
+"""Tests; `test_<module>.py` mirrors `lyra_emergence/<module>.py`."""
