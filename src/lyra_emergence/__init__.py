@@ -13,8 +13,8 @@ if __name__ != "lyra_emergence":
     raise ImportError(f"import it as 'lyra_emergence', not as {__name__!r}")
 
 if TYPE_CHECKING:
-    from lyra_emergence.checkpoint import CheckpointIndex, read_checkpoint
     from lyra_emergence.chat import ChatSession
+    from lyra_emergence.checkpoint import CheckpointIndex, read_checkpoint
     from lyra_emergence.config import ModelConfig, load_config, save_config
     from lyra_emergence.device_fallback import (
         safe_load_embeddings,
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
         safe_load_pipeline,
         safe_load_pipeline_legacy,
     )
-    from lyra_emergence.errors import LyraError
     from lyra_emergence.footprint import Footprint, estimate_footprint
     from lyra_emergence.generation import Chunk, GenerationOptions, stream_generate
     from lyra_emergence.langchain import LyraPipeline
     from lyra_emergence.loading import LoadedModel, LoadReport, load
-    from lyra_emergence.machine import Machine, probe_machine
     from lyra_emergence.plan import Placement, Plan, make_plan
+
+    from lyra_emergence.errors import LyraError
+    from lyra_emergence.machine import Machine, probe_machine
 
 _HOMES = {
     "ChatSession": "chat",
@@ -60,8 +61,33 @@ _HOMES = {
     "stream_generate": "generation",
 }
 
-__all__ = [  # noqa: PLE0604 - the table above is the list
-    *_HOMES,
+__all__ = [
+    "ChatSession",
+    "CheckpointIndex",
+    "Chunk",
+    "Footprint",
+    "GenerationOptions",
+    "LoadReport",
+    "LoadedModel",
+    "LyraError",
+    "LyraPipeline",
+    "Machine",
+    "ModelConfig",
+    "Placement",
+    "Plan",
+    "estimate_footprint",
+    "load",
+    "load_config",
+    "make_plan",
+    "probe_machine",
+    "read_checkpoint",
+    "safe_load_embeddings",
+    "safe_load_model",
+    "safe_load_model_with_config",
+    "safe_load_pipeline",
+    "safe_load_pipeline_legacy",
+    "save_config",
+    "stream_generate",
 ]
 
 
