@@ -103,7 +103,7 @@ def _probe_cpu() -> tuple[Device, tuple[str, ...]]:
     memory = psutil.virtual_memory()
     limit, free_below_limit = control_group_memory()
     total, free = min(memory.total, limit), min(memory.available, free_below_limit)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if limit < memory.total:
         notes = (f"a control group limits this process to {format_bytes(limit)} of {format_bytes(memory.total)} RAM",)
     name = platform.processor() or platform.machine()

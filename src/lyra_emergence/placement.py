@@ -1,0 +1,284 @@
+"""Filling devices with blocks: which block goes where, how many bytes it takes there, and why.
+
+Invariants:
+- every block has exactly one device; layers are contiguous and never return to an earlier device;
+- on an accelerator, weights + KV cache + activations + reserved bytes never exceed the budget;
+- a tied block shares the device of the block that holds its weight, unless a custom map parts them;
+- only blocks in their stored form are left on disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lyra_emergence.errors import DoesNotFitError
+from lyra_emergence.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from lyra_emergence.budgets import Budget, Request
+    from lyra_emergence.footprint import BlockFootprint, Footprint
+
+__all__ = ["DeviceUse", "Placement", "measure_use", "place"]
+
+CPU, DISK = "cpu", "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one block goes.
+
+    Attributes:
+        block: The block's module path.
+        kind: "embedding", "layer", "norm", "head" or "other".
+        device: torch's device name, or "disk" for weights that are read from the file as they are used.
+        weights: Bytes of its weights there.
+        kv_cache: Bytes of its keys and values there.
+        reason: Why there.
+    """
+
+    block: str
+    kind: str
+    device: str
+    weights: int
+    kv_cache: int
+    reason: str
+
+    @property
+    def nbytes(self) -> int:
+        """Weights and KV cache together, in bytes."""
+        return self.weights + self.kv_cache
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceUse:
+    """How full one device is under a placement, in bytes.
+
+    Attributes:
+        device: torch's device name, or "disk".
+        limit: What the plan may fill; 0 for the disk.
+        total: What the device has; 0 for the disk.
+        weights: Weights there.
+        kv_cache: Keys and values of the blocks that compute there.
+        activations: Temporaries while a layer or the head runs there.
+        reserved: What the framework itself takes.
+        layers: How many layers are there.
+    """
+
+    device: str
+    limit: int
+    total: int
+    weights: int
+    kv_cache: int
+    activations: int
+    reserved: int
+    layers: int
+
+    @property
+    def used(self) -> int:
+        """Everything together, in bytes."""
+        return self.weights + self.kv_cache + self.activations + self.reserved
+
+    @property
+    def unused(self) -> int:
+        """Bytes of the limit that stay free; negative where the plan does not fit."""
+        return self.limit - self.used
+
+
+def place(
+    footprint: Footprint,
+    request: Request,
+    *,
+    accelerators: Sequence[Budget] | None = None,
+    layer_limit: int | None = None,
+) -> tuple[Placement, ...]:
+    """Place every block.
+
+    Args:
+        footprint: The blocks and their bytes.
+        request: Budgets, and the devices that a custom map pins.
+        accelerators: Budgets to use in place of the request's.
+        layer_limit: How many layers may be on accelerators. With a limit the embeddings go to the first accelerator
+            and everything behind the layers to the CPU, which is the documented map of the fallback's middle rung.
+    """
+    filler = _Filler(footprint, request.accelerators if accelerators is None else accelerators)
+    if layer_limit is None:
+        filler.pin(request.pinned)
+        filler.fill_layers(len(footprint.blocks))
+        filler.fill_rest()
+    else:
+        filler.fill_embeddings()
+        filler.fill_layers(layer_limit)
+    placed = filler.finish()
+    return _spill_to_disk(placed, footprint, request.cpu)
+
+
+class _Filler:
+    """One pass over the blocks, with what is left on each accelerator."""
+
+    def __init__(self, footprint: Footprint, accelerators: Sequence[Budget]) -> None:
+        self._footprint = footprint
+        self._blocks = {block.name: block for block in footprint.blocks}
+        self._left = {budget.device: budget.limit - budget.reserved for budget in accelerators}
+        self._computing: set[str] = set()
+        self._with_head: set[str] = set()
+        self._placed: dict[str, tuple[str, str]] = {}
+
+    def pin(self, pinned: Mapping[str, str]) -> None:
+        for name, device in pinned.items():
+            self._take(self._blocks[name], device, "the device map says so")
+
+    def fill_embeddings(self) -> None:
+        for block in self._of_kind("embedding"):
+            self._try(block, list(self._left)[:1], "the embeddings feed the first layer")
+
+    def fill_layers(self, limit: int) -> None:
+        """Fill accelerator after accelerator with consecutive layers; the first that fits nowhere ends it."""
+        devices = list(self._left)
+        for count, block in enumerate(self._of_kind("layer")):
+            if block.name in self._placed:
+                continue
+            if count >= limit:
+                return
+            while devices and not self._try(block, devices[:1], f"fits, layer {count + 1} in order"):
+                devices.pop(0)
+            if not devices:
+                return
+
+    def fill_rest(self) -> None:
+        """Give what is left to head, norm and embeddings, once every layer is on an accelerator."""
+        layers = self._of_kind("layer")
+        if not all(self._placed.get(block.name, (CPU, ""))[0] in self._left for block in layers):
+            return
+        last = [self._placed[layers[-1].name][0]] if layers else []
+        order = [*last, *(device for device in self._left if device not in last)]
+        tied = {block.tied_to for block in self._footprint.blocks if block.tied_to is not None}
+        shared = [block for block in self._of_kind("embedding") if block.name in tied]
+        for block in (*self._of_kind("norm"), *self._of_kind("head"), *shared):
+            if block.tied_to is None:
+                self._try(block, order, "fits, beside the last layer")
+        for block in (*self._of_kind("embedding"), *self._of_kind("other")):
+            self._try(block, list(self._left), "fits; one row is read per token, so it comes last")
+
+    def finish(self) -> tuple[Placement, ...]:
+        """Send what is not placed to the CPU, tied blocks to their weights, and return all in execution order."""
+        for block in self._footprint.blocks:
+            if block.tied_to in self._placed and block.name not in self._placed:
+                self._take(block, self._placed[block.tied_to or ""][0], f"shares the weights of {block.tied_to}")
+            elif block.name not in self._placed:
+                self._take(block, CPU, "no accelerator has room left" if self._left else "no accelerator to use")
+        return tuple(self._placement(block) for block in self._footprint.blocks)
+
+    def _placement(self, block: BlockFootprint) -> Placement:
+        device, reason = self._placed[block.name]
+        return Placement(block.name, block.kind, device, self._weights_on(block, device), block.kv_cache, reason)
+
+    def _weights_on(self, block: BlockFootprint, device: str) -> int:
+        # Parted from the block that holds its weight, a tied block needs a copy of its own.
+        if block.tied_to is None or self._placed.get(block.tied_to, (device, ""))[0] == device:
+            return block.weights
+        return self._blocks[block.tied_to].weights
+
+    def _of_kind(self, kind: str) -> list[BlockFootprint]:
+        return [block for block in self._footprint.blocks if block.kind == kind]
+
+    def _try(self, block: BlockFootprint, devices: Iterable[str], reason: str) -> bool:
+        if block.name in self._placed:
+            return True
+        for device in devices:
+            if self._cost(block, device) <= self._left[device]:
+                self._take(block, device, reason)
+                return True
+        return False
+
+    def _cost(self, block: BlockFootprint, device: str) -> int:
+        cost = block.nbytes
+        if block.kind == "layer" and device not in self._computing:
+            cost += self._footprint.layer_activations
+        if self._runs_head(block) and device not in self._with_head:
+            cost += self._footprint.head_activations
+        return cost
+
+    def _runs_head(self, block: BlockFootprint) -> bool:
+        return block.kind == "head" or any(b.tied_to == block.name for b in self._footprint.blocks)
+
+    def _take(self, block: BlockFootprint, device: str, reason: str) -> None:
+        if device in self._left:
+            self._left[device] -= self._cost(block, device)
+        if block.kind == "layer":
+            self._computing.add(device)
+        if self._runs_head(block):
+            self._with_head.add(device)
+        self._placed[block.name] = (device, reason)
+
+
+def _spill_to_disk(placed: tuple[Placement, ...], footprint: Footprint, cpu: Budget) -> tuple[Placement, ...]:
+    """Leave CPU blocks in the file until the rest fits main memory: embeddings first, then layers from the last."""
+    use = measure_use(placed, footprint, (cpu,))
+    over = -next((device.unused for device in use if device.device == CPU), 0)
+    mapped = {block.name: block.mapped for block in footprint.blocks}
+    on_cpu = [p for p in placed if p.device == CPU and mapped[p.block] and p.weights > 0]
+    order = [p for p in on_cpu if p.kind == "embedding"] + [p for p in reversed(on_cpu) if p.kind != "embedding"]
+    spilled: set[str] = set()
+    for placement in order:
+        if over <= 0:
+            break
+        spilled.add(placement.block)
+        over -= placement.weights
+    reason = f"main memory is full ({cpu.reason}): read from the file as it is used"
+    return tuple(
+        Placement(p.block, p.kind, DISK, p.weights, p.kv_cache, reason) if p.block in spilled else p for p in placed
+    )
+
+
+def measure_use(
+    placements: Sequence[Placement], footprint: Footprint, budgets: Sequence[Budget]
+) -> tuple[DeviceUse, ...]:
+    """Add up what each device of `budgets`, and the disk where it is used, holds under `placements`.
+
+    Blocks on disk compute on the CPU: their keys, values and activations count there.
+    """
+    uses = [_use(budget.device, placements, footprint, budget) for budget in budgets]
+    if any(p.device == DISK for p in placements):
+        uses.append(_use(DISK, placements, footprint, None))
+    return tuple(uses)
+
+
+def _use(device: str, placements: Sequence[Placement], footprint: Footprint, budget: Budget | None) -> DeviceUse:
+    here = [p for p in placements if p.device == device]
+    runs = (
+        [] if device == DISK else [p for p in placements if p.device == device or (device == CPU and p.device == DISK)]
+    )
+    layers = any(p.kind == "layer" for p in runs)
+    head = any(p.kind == "head" for p in runs)
+    return DeviceUse(
+        device=device,
+        limit=budget.limit if budget else 0,
+        total=budget.total if budget else 0,
+        weights=sum(p.weights for p in here),
+        kv_cache=sum(p.kv_cache for p in runs),
+        activations=layers * footprint.layer_activations + head * footprint.head_activations,
+        reserved=budget.reserved if budget and runs else 0,
+        layers=sum(p.kind == "layer" for p in here),
+    )
+
+
+def check_fits(uses: Iterable[DeviceUse]) -> str | None:
+    """Return why the devices are too small ("needs 5.61 GB, cuda:0 has 4.00 GB"), or None where all fit."""
+    for use in uses:
+        if use.device != DISK and use.unused < 0:
+            return f"needs {format_bytes(use.used)} of {use.device}, which has {format_bytes(use.limit)}"
+    return None
+
+
+def refuse(uses: Sequence[DeviceUse], hint: str) -> DoesNotFitError:
+    """Return the error for the first device that is too small."""
+    use = min((use for use in uses if use.device != DISK), key=lambda use: use.unused)
+    message = (
+        f"the model does not fit: it needs {format_bytes(use.used)} of {use.device} (weights "
+        f"{format_bytes(use.weights)}, KV cache {format_bytes(use.kv_cache)}, activations "
+        f"{format_bytes(use.activations)}), which has {format_bytes(use.limit)}"
+    )
+    return DoesNotFitError(message, needed=use.used, available=use.limit, device=use.device, hint=hint)

@@ -1,0 +1,270 @@
+"""The plan: the ladder of placements from the best one that fits down to the CPU, each choice with its reason.
+
+The ladder has up to four rungs. "full" holds the whole model on accelerators; "planned" holds as many layers there as
+the budgets allow, or what a custom map says; "fallback" holds `gpu_layers_fallback` layers there, by the documented
+map; "cpu" uses no accelerator. Loading starts at the first rung that fits and steps down when memory runs out all the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from lyra_emergence.budgets import Request, read_request
+from lyra_emergence.errors import DoesNotFitError
+from lyra_emergence.footprint import Footprint, Quantization, estimate_footprint
+from lyra_emergence.placement import DeviceUse, Placement, check_fits, measure_use, place, refuse
+from lyra_emergence.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lyra_emergence.checkpoint import CheckpointIndex
+    from lyra_emergence.config import ModelConfig
+
+    from lyra_emergence.machine import Machine
+
+__all__ = ["DeviceUse", "Placement", "Plan", "Rung", "RungName", "make_plan"]
+
+JSON_FORMAT = "lyra.plan/1"
+SHORTEST_CONTEXT = 512
+"""Tokens below which a context left open is not shortened: less holds no conversation."""
+
+RungName = Literal["full", "planned", "fallback", "cpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One stop on the way down.
+
+    Attributes:
+        name: "full", "planned", "fallback" or "cpu".
+        placements: One per block in execution order; empty for a "fallback" that is worked out when memory runs out.
+        fits: Whether the budgets allow it.
+        reason: Why it stands here, or why it is passed over.
+    """
+
+    name: RungName
+    placements: tuple[Placement, ...]
+    fits: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where every block goes, before anything is loaded.
+
+    Attributes:
+        model: The checkpoint's folder name.
+        footprint: The bytes that the plan rests on.
+        request: Budgets and pinned blocks.
+        rungs: The ladder, best first.
+        start: The index of the first rung that fits.
+        notes: Warnings for the user, one sentence each.
+    """
+
+    model: str
+    footprint: Footprint
+    request: Request
+    rungs: tuple[Rung, ...]
+    start: int
+    notes: tuple[str, ...]
+
+    @property
+    def rung(self) -> Rung:
+        """The rung that loading starts at."""
+        return self.rungs[self.start]
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """The placements of the rung that loading starts at."""
+        return self.rung.placements
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together that the plan has room for."""
+        return self.footprint.context_length
+
+    @property
+    def devices(self) -> tuple[DeviceUse, ...]:
+        """How full each device is at the start rung."""
+        return self.use_of(self.placements)
+
+    def use_of(self, placements: tuple[Placement, ...]) -> tuple[DeviceUse, ...]:
+        """Return how full each device is under `placements`."""
+        return measure_use(placements, self.footprint, (*self.request.accelerators, self.request.cpu))
+
+    def with_layers(self, count: int) -> tuple[Placement, ...]:
+        """Return the documented map with `count` layers on accelerators: embeddings there, norm and head on the CPU."""
+        return place(self.footprint, self.request, layer_limit=count)
+
+    def device_map(self) -> dict[str, int | str]:
+        """Return the start rung as transformers writes it: 0 for the first accelerator, "mps", "cpu", "disk"."""
+        return {p.block: hf_device(p.device) for p in self.placements}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain data; `format` names the version of this form."""
+        return {
+            "format": JSON_FORMAT,
+            "model": self.model,
+            "dtype": self.footprint.dtype,
+            "quantization": self.footprint.quantization,
+            "context_length": self.context_length,
+            "batch": self.footprint.batch,
+            "rung": self.rung.name,
+            "device_map": self.device_map(),
+            "devices": [asdict(use) | {"used": use.used, "unused": use.unused} for use in self.devices],
+            "placements": [asdict(p) for p in self.placements],
+            "rungs": [
+                {"name": r.name, "fits": r.fits, "reason": r.reason, "layers": _layers_by_device(r.placements)}
+                for r in self.rungs
+            ],
+            "notes": list(self.notes),
+        }
+
+
+def hf_device(name: str) -> int | str:
+    """Return a device's name as transformers writes it in a device map: an ordinal for every indexed accelerator."""
+    _, colon, ordinal = name.partition(":")
+    return int(ordinal) if colon else name
+
+
+def _layers_by_device(placements: tuple[Placement, ...]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for placement in placements:
+        if placement.kind == "layer":
+            counts[placement.device] = counts.get(placement.device, 0) + 1
+    return counts
+
+
+def make_plan(config: ModelConfig, index: CheckpointIndex, machine: Machine) -> Plan:
+    """Plan where every block of a checkpoint goes on a machine.
+
+    A context that the configuration leaves open is shortened, and said, where the model fits in no other way.
+
+    Raises:
+        ConfigError: The configuration contradicts the model (a context beyond its own, a map of unknown modules).
+        DoesNotFitError: No rung fits; the error says what is needed, what is there and what to try.
+    """
+    quantization: Quantization | None = "8bit" if config.load_in_8bit else "4bit" if config.load_in_4bit else None
+    notes: tuple[str, ...] = ()
+    last: DoesNotFitError | None = None
+    for context in _contexts(config, index):
+        footprint = estimate_footprint(index, context_length=context, dtype=config.dtype, quantization=quantization)
+        if last is not None:
+            notes = (f"the context is shortened to {context} tokens: more does not fit",)
+        try:
+            return _plan(config, index, machine, footprint, notes)
+        except DoesNotFitError as error:
+            last = last or error
+    assert last is not None
+    raise last
+
+
+def _contexts(config: ModelConfig, index: CheckpointIndex) -> Iterator[int | None]:
+    yield config.context_length
+    if config.context_length is not None:
+        return
+    context = estimate_footprint(index).context_length // 2
+    while context >= SHORTEST_CONTEXT:
+        yield context
+        context //= 2
+
+
+def _plan(
+    config: ModelConfig, index: CheckpointIndex, machine: Machine, footprint: Footprint, notes: tuple[str, ...]
+) -> Plan:
+    request = read_request(config, machine, footprint)
+    rungs = tuple(_ladder(config, footprint, request))
+    start = next((i for i, rung in enumerate(rungs) if rung.fits), None)
+    if start is None:
+        budgets = (*request.accelerators, request.cpu)
+        raise refuse(measure_use(rungs[-1].placements, footprint, budgets), _remedy(config, footprint, request))
+    passed = _passed_over(rungs[:start])
+    notes = (*machine.notes, *request.notes, *footprint.notes, *notes, *passed)
+    return Plan(index.directory.name, footprint, request, rungs, start, notes)
+
+
+def _passed_over(rungs: tuple[Rung, ...]) -> tuple[str, ...]:
+    # That a model is larger than the GPU is what the plan is for; that a wish was not followed has to be said.
+    return tuple(f"the device map does not fit: {rung.reason}" for rung in rungs if rung.name == "planned")
+
+
+def _ladder(config: ModelConfig, footprint: Footprint, request: Request) -> Iterator[Rung]:
+    if not request.accelerators:
+        yield _checked("planned" if request.pinned else "cpu", place(footprint, request), footprint, request, "")
+        if request.pinned and config.enable_progressive_fallback:
+            yield _cpu_rung(footprint, request)
+        return
+    top = _top_rungs(footprint, request)
+    yield from top
+    if not config.enable_progressive_fallback:
+        return
+    yield from _fallback_rung(config.gpu_layers_fallback, top[-1], footprint, request)
+    yield _cpu_rung(footprint, request)
+
+
+def _top_rungs(footprint: Footprint, request: Request) -> tuple[Rung, ...]:
+    placements = place(footprint, request)
+    if request.pinned:
+        return (_checked("planned", placements, footprint, request, "the custom device map"),)
+    if all(p.device not in ("cpu", "disk") for p in placements):
+        return (_checked("full", placements, footprint, request, "the whole model fits"),)
+    short = _whole_model_shortfall(footprint, request)
+    full = Rung("full", (), fits=False, reason=short)
+    if request.whole_on is not None:
+        return (full,)
+    planned = _checked("planned", placements, footprint, request, "as many layers as the budgets allow")
+    if not any(p.kind == "layer" and p.device not in ("cpu", "disk") for p in placements):
+        planned = Rung("planned", placements, fits=False, reason="no layer fits an accelerator")
+    return (full, planned)
+
+
+def _whole_model_shortfall(footprint: Footprint, request: Request) -> str:
+    busy = footprint.layer_activations * len(request.accelerators) + footprint.head_activations
+    needed = footprint.weights + footprint.kv_cache + busy + sum(b.reserved for b in request.accelerators)
+    limit = sum(b.limit for b in request.accelerators)
+    names = " and ".join(b.device for b in request.accelerators)
+    return f"needs {format_bytes(needed)} of {names}, which has {format_bytes(limit)}"
+
+
+def _fallback_rung(wanted: int | None, above: Rung, footprint: Footprint, request: Request) -> Iterator[Rung]:
+    planned = sum(p.kind == "layer" and p.device not in ("cpu", "disk") for p in above.placements)
+    if wanted == 0:
+        return
+    if wanted is None:
+        if planned:
+            yield Rung("fallback", (), fits=False, reason="as many layers as memory allows when it runs out")
+        return
+    if above.fits and wanted >= planned:
+        yield Rung("fallback", (), fits=False, reason=f"{wanted} layers are not fewer than the {planned} planned")
+        return
+    placements = place(footprint, request, layer_limit=wanted)
+    yield _checked("fallback", placements, footprint, request, f"gpu_layers_fallback is {wanted}")
+
+
+def _cpu_rung(footprint: Footprint, request: Request) -> Rung:
+    bare = Request((), request.cpu, {}, None, ())
+    return _checked("cpu", place(footprint, bare), footprint, request, "no accelerator memory needed")
+
+
+def _checked(
+    name: RungName, placements: tuple[Placement, ...], footprint: Footprint, request: Request, reason: str
+) -> Rung:
+    uses = measure_use(placements, footprint, (*request.accelerators, request.cpu))
+    short = check_fits(uses)
+    return Rung(name, placements, fits=short is None, reason=short or reason or "no accelerator to use")
+
+
+def _remedy(config: ModelConfig, footprint: Footprint, request: Request) -> str:
+    tries = []
+    if footprint.context_length > SHORTEST_CONTEXT:
+        tries.append(f"a shorter context (--context {max(SHORTEST_CONTEXT, footprint.context_length // 4)})")
+    if footprint.quantization is None:
+        tries.append('"load_in_4bit": true')
+    if not all(block.mapped for block in footprint.blocks) and footprint.quantization is None:
+        tries.append("the checkpoint's own dtype, which can stay on disk")
+    if config.max_memory or request.whole_on or request.pinned or not config.enable_progressive_fallback:
+        tries.append('larger "max_memory", "device_map": "auto" or "enable_progressive_fallback": true')
+    tries.append("a smaller model")
+    return "try " + ", or ".join(tries)
