@@ -1,0 +1,100 @@
+"""What every test gets: an empty home, a seed, and on request the simulated accelerator and tiny checkpoints."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from . import simulated_accelerator
+from .families import build_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+    from pathlib import Path
+
+_OUTCOME = pytest.StashKey[bool]()
+# Set by a developer or a CI machine: a test must not see them.
+_FOREIGN_VARIABLES = (
+    "NO_COLOR",
+    "FORCE_COLOR",
+    "CLICOLOR",
+    "CLICOLOR_FORCE",
+    "HF_HUB_CACHE",
+    "HF_TOKEN",
+    "HF_ENDPOINT",
+)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call":
+        item.stash[_OUTCOME] = report.passed
+    return report
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home directory, with the folders that programs look for below it."""
+    directory = tmp_path_factory.mktemp("home")
+    for name in [*_FOREIGN_VARIABLES, *(name for name in os.environ if name.startswith("LYRA_"))]:
+        monkeypatch.delenv(name, raising=False)
+    for name, folder in {
+        "HOME": "",
+        "USERPROFILE": "",
+        "XDG_CACHE_HOME": ".cache",
+        "XDG_CONFIG_HOME": ".config",
+        "XDG_DATA_HOME": ".local/share",
+        "XDG_STATE_HOME": ".local/state",
+        "HF_HOME": ".cache/huggingface",
+    }.items():
+        monkeypatch.setenv(name, str(directory / folder))
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def _simulated_devices(request: pytest.FixtureRequest) -> simulated_accelerator.SimulatedAccelerator:
+    cache = request.config.cache
+    try:
+        return simulated_accelerator.load(cache.mkdir("simulated_accelerator") if cache else None)
+    except simulated_accelerator.CompilerMissingError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def sim(
+    request: pytest.FixtureRequest, _simulated_devices: simulated_accelerator.SimulatedAccelerator
+) -> Iterator[simulated_accelerator.SimulatedAccelerator]:
+    """The simulated accelerator, on for this test alone, which must leave no byte on it.
+
+    A failed test is not checked: its traceback holds its tensors.
+    """
+    with _simulated_devices.lent() as accelerator:
+        before = accelerator.used_everywhere()
+        yield accelerator
+        after = accelerator.used_everywhere()
+        if request.node.stash.get(_OUTCOME, False):
+            assert after == before, f"bytes in use on the devices before the test: {before}, after it: {after}"
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`checkpoints("llama")` is the folder of a tiny checkpoint of that family, built on first use."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    built: dict[str, Path] = {}
+
+    def find(family: str) -> Path:
+        if family not in built:
+            built[family] = build_checkpoint(family, root / family)
+        return built[family]
+
+    return find
