@@ -1,0 +1,279 @@
+"""Generating text token by token from a loaded model.
+
+A synchronous generator: the consumer's pace is the model's pace, an error reaches the consumer at the token where it
+happens, and closing the generator ends the work. Prompts run in chunks, so that activations stay bounded. Several
+generators may share one model from several threads: steps take turns.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+
+from lyra_emergence.errors import GenerationError
+from lyra_emergence.footprint import PREFILL_CHUNK
+from lyra_emergence.text_stream import StopScanner, TextDecoder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from lyra_emergence.loading import LoadedModel
+
+__all__ = ["Chunk", "FinishReason", "GenerationOptions", "GenerationStats", "encode_prompt", "stream_generate"]
+
+FinishReason = Literal["stop", "length"]
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """How to choose tokens, and when to end.
+
+    Attributes:
+        max_new_tokens: Most tokens to generate; what the context has no room for is not generated.
+        do_sample: Draw from the distribution; otherwise take the likeliest token.
+        temperature: Divides the logits when sampling; above 0.
+        top_k: Keep the k likeliest tokens when sampling; 0 keeps all.
+        top_p: Keep the likeliest tokens that hold this much probability when sampling; in (0, 1].
+        repetition_penalty: Divides the odds of tokens that occurred (arXiv 1909.05858, section 4.1); 1 is none.
+        stop: Texts that end the answer; they are not part of it.
+        seed: Makes sampling repeatable; None draws from torch's global generator.
+    """
+
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    @classmethod
+    def for_model(cls, loaded: LoadedModel, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Return the options that hold for a model: `overrides`, else its configuration's `pipeline_kwargs`, else the
+        model's own generation_config.json, else the defaults here. Unknown names are ignored.
+        """
+        names = [field.name for field in fields(cls)]
+        own = getattr(loaded.model, "generation_config", None)
+        chosen = {name: getattr(own, name) for name in names if getattr(own, name, None) is not None}
+        for layer in (loaded.config.pipeline_kwargs or {}, overrides or {}):
+            chosen |= {name: layer[name] for name in names if layer.get(name) is not None}
+        stop = chosen.get("stop", ())
+        chosen["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        if chosen.get("temperature") == 0:
+            # The field's custom: temperature 0 asks for the likeliest token.
+            chosen |= {"do_sample": False, "temperature": 1.0}
+        return cls(**chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStats:
+    """What one answer cost.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        new_tokens: Tokens generated, the end token included.
+        prefill_seconds: Until the first token was known.
+        decode_seconds: From there to the end; the consumer's own time between tokens is not counted.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed; 0 where fewer than two tokens were generated."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 and self.decode_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer.
+
+    Attributes:
+        text: New text; may be empty while a character or a possible stop text is incomplete.
+        token_ids: The tokens behind this step.
+        finish_reason: "stop" (an end token or a stop text) or "length" on the last chunk, else None.
+        stats: On the last chunk.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stats: GenerationStats | None = None
+
+
+def encode_prompt(loaded: LoadedModel, prompt: str | Sequence[int]) -> list[int]:
+    """Return the prompt's token ids.
+
+    Raises:
+        GenerationError: The prompt is empty, or leaves no room for an answer in the context.
+    """
+    ids = list(loaded.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else [int(token) for token in prompt]
+    if not ids:
+        start = getattr(loaded.tokenizer, "bos_token_id", None)
+        if start is None:
+            raise GenerationError("the prompt is empty", hint="write something to continue from")
+        ids = [start]
+    if len(ids) >= loaded.context_length:
+        raise GenerationError(
+            f"the prompt has {len(ids)} tokens, and the context holds {loaded.context_length} with the answer",
+            hint="shorten the prompt, or give a longer context (--context, 'context_length') if the model allows it",
+        )
+    return ids
+
+
+def stream_generate(
+    loaded: LoadedModel, prompt: str | Sequence[int], options: GenerationOptions | None = None
+) -> Iterator[Chunk]:
+    """Generate an answer to `prompt`, a chunk per token.
+
+    Args:
+        loaded: A loaded model.
+        prompt: Text, or token ids (batch of one).
+        options: How to choose tokens; by default what `GenerationOptions.for_model` returns.
+
+    Raises:
+        GenerationError: The prompt is empty or too long, or an option is out of its range.
+    """
+    options = options or GenerationOptions.for_model(loaded)
+    _check(options)
+    ids = encode_prompt(loaded, prompt)
+    room = loaded.context_length - len(ids)
+    return _generate(loaded, ids, replace(options, max_new_tokens=min(options.max_new_tokens, room)))
+
+
+def _check(options: GenerationOptions) -> None:
+    wrong = {
+        "max_new_tokens": options.max_new_tokens < 1,
+        "temperature": options.temperature <= 0,
+        "top_k": options.top_k < 0,
+        "top_p": not 0 < options.top_p <= 1,
+        "repetition_penalty": options.repetition_penalty <= 0,
+        "stop": "" in options.stop,
+    }
+    for name in (name for name, is_wrong in wrong.items() if is_wrong):
+        value = getattr(options, name)
+        raise GenerationError(f"'{name}': {value!r} is out of range", hint="see GenerationOptions for the ranges")
+
+
+def _generate(loaded: LoadedModel, prompt: list[int], options: GenerationOptions) -> Iterator[Chunk]:
+    ends = _end_tokens(loaded)
+    decoder = TextDecoder(loaded.tokenizer, prompt)
+    scanner = StopScanner(options.stop)
+    chooser = _Chooser(loaded, prompt, options)
+    stepper = _Stepper(loaded)
+    clock = time.perf_counter()
+    logits = stepper.prefill(prompt)
+    token = chooser.choose(logits)
+    prefill_seconds, decode_seconds, count = time.perf_counter() - clock, 0.0, 1
+    while True:
+        text = "" if token in ends else scanner.push(decoder.push(token))
+        reason: FinishReason | None = "stop" if token in ends or scanner.found else None
+        if reason is None and count >= options.max_new_tokens:
+            reason = "length"
+        if reason is not None:
+            stats = GenerationStats(len(prompt), count, prefill_seconds, decode_seconds)
+            rest = "" if scanner.found else scanner.finish(decoder.finish())
+            yield Chunk(text + rest, (token,), reason, stats)
+            return
+        yield Chunk(text, (token,))
+        clock = time.perf_counter()
+        token = chooser.choose(stepper.step(token))
+        decode_seconds += time.perf_counter() - clock
+        count += 1
+
+
+def _end_tokens(loaded: LoadedModel) -> frozenset[int]:
+    own = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
+    own = own if own is not None else getattr(loaded.tokenizer, "eos_token_id", None)
+    return frozenset(own if isinstance(own, list | tuple) else () if own is None else (own,))
+
+
+class _Stepper:
+    """Runs the model forward and keeps its cache between steps."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        self._cache: dict[str, Any] = {}
+        self._seen: list[int] = []
+        takes = inspect.signature(loaded.model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        kinds = set(getattr(loaded.model.config.get_text_config(), "layer_types", None) or ())
+        # A recurrent state takes its first run of tokens whole and single tokens after it.
+        recurrent = bool(getattr(loaded.model, "_is_stateful", False)) or not kinds <= _ATTENTION_LAYERS
+        self._chunk = loaded.context_length if recurrent else PREFILL_CHUNK
+
+    def prefill(self, ids: list[int]) -> torch.Tensor:
+        """Run the prompt and return the last token's logits, (1, vocab)."""
+        for start in range(0, len(ids), self._chunk):
+            logits = self._run(ids[start : start + self._chunk])
+        return logits
+
+    def step(self, token: int) -> torch.Tensor:
+        """Run one token and return its logits, (1, vocab)."""
+        return self._run([token])
+
+    @torch.inference_mode()
+    def _run(self, ids: list[int]) -> torch.Tensor:
+        self._seen += ids
+        # Without a cache (a model that returns none) everything so far runs again.
+        tokens = ids if self._cache or len(self._seen) == len(ids) else self._seen
+        inputs = torch.tensor([tokens], device=self._loaded.entry_device)  # (1, tokens)
+        with self._loaded.step_lock:
+            output = self._loaded.model(input_ids=inputs, use_cache=True, **self._cache, **self._last_only)
+        names = ("past_key_values", "cache_params")
+        self._cache = {name: output[name] for name in names if output.get(name) is not None}
+        logits: torch.Tensor = output.logits  # (1, tokens or 1, vocab)
+        return logits[:, -1].float()
+
+
+class _Chooser:
+    """Chooses tokens from logits: the likeliest, or a draw."""
+
+    def __init__(self, loaded: LoadedModel, prompt: list[int], options: GenerationOptions) -> None:
+        from transformers import LogitsProcessorList
+
+        self._options = options
+        self._ids = list(prompt)
+        self._processors = LogitsProcessorList(_processors(options))
+        self._generator: torch.Generator | None = None
+        if options.seed is not None:
+            self._generator = torch.Generator().manual_seed(options.seed)
+
+    @torch.inference_mode()
+    def choose(self, logits: torch.Tensor) -> int:
+        """Return the next token for `logits`, (1, vocab), and remember it.
+
+        Draws happen on the CPU, so that a seed gives the same answer wherever the head is.
+        """
+        if self._processors or self._options.do_sample:
+            logits = self._processors(torch.tensor([self._ids]), logits.cpu())
+        if self._options.do_sample:
+            token = int(torch.multinomial(logits.softmax(-1), 1, generator=self._generator))
+        else:
+            token = int(logits.argmax(-1))
+        self._ids.append(token)
+        return token
+
+
+def _processors(options: GenerationOptions) -> Iterator[Any]:
+    from transformers.generation import logits_process as processes
+
+    if options.repetition_penalty != 1:
+        yield processes.RepetitionPenaltyLogitsProcessor(options.repetition_penalty)
+    if not options.do_sample:
+        return
+    if options.temperature != 1:
+        yield processes.TemperatureLogitsWarper(options.temperature)
+    if options.top_k > 0:
+        yield processes.TopKLogitsWarper(options.top_k)
+    if options.top_p < 1:
+        yield processes.TopPLogitsWarper(options.top_p)

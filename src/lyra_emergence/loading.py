@@ -1,0 +1,247 @@
+"""Loading: open the checkpoint as a map, promote blocks in plan order, step down when memory runs out.
+
+Does not download anything and does not substitute a model: `directory` is a checkpoint on disk. Weights are mapped by
+transformers' own `from_pretrained` on the CPU in their stored dtype, which costs no memory until pages are touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lyra_emergence.checkpoint import read_checkpoint
+from lyra_emergence.errors import CheckpointError, DoesNotFitError, is_out_of_memory
+from lyra_emergence.footprint import TORCH_DTYPES
+from lyra_emergence.load_report import Attempt, LoadEvent, LoadReport
+from lyra_emergence.machine import probe_machine
+from lyra_emergence.plan import hf_device, make_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from lyra_emergence.checkpoint import CheckpointIndex
+    from lyra_emergence.config import ModelConfig
+    from lyra_emergence.plan import Plan
+    from lyra_emergence.runtime.blocks import LoadedForm, PlacedBlock
+    from lyra_emergence.runtime.handover import Handover
+
+__all__ = ["Attempt", "LoadEvent", "LoadReport", "LoadedModel", "load"]
+
+_MOST_NAMES_SHOWN = 5
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model on its devices, ready to generate.
+
+    Attributes:
+        model: The transformers model.
+        tokenizer: Its tokenizer.
+        config: The configuration that it was loaded with.
+        plan: What was planned.
+        report: What came of it.
+        blocks: The model's blocks with their present devices.
+        step_lock: Held while the model runs a step, so that several generators can share it.
+    """
+
+    model: Any
+    tokenizer: Any
+    config: ModelConfig
+    plan: Plan
+    report: LoadReport
+    blocks: tuple[PlacedBlock, ...]
+    _handover: Handover = field(repr=False)
+    step_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together that there is room for."""
+        return self.plan.context_length
+
+    @property
+    def entry_device(self) -> str:
+        """The device that token ids go to: the input embeddings'."""
+        return _entry_device(self.plan, self.blocks)
+
+    def close(self) -> None:
+        """Drop every copy on every device; the model is of no use afterwards."""
+        self._handover.disconnect()
+        for block in self.blocks:
+            block.release()
+        self.model = None
+        _empty_caches(self.plan)
+
+
+def load(
+    config: ModelConfig,
+    *,
+    directory: Path,
+    plan: Plan | None = None,
+    on_event: Callable[[LoadEvent], None] | None = None,
+) -> LoadedModel:
+    """Load a checkpoint onto the devices of its plan.
+
+    Args:
+        config: Placement, dtype and quantization.
+        directory: The checkpoint's folder.
+        plan: What `make_plan` returned for it; made here when absent.
+        on_event: Called with every step.
+
+    Raises:
+        CheckpointError: The checkpoint is malformed, incomplete or has no tokenizer.
+        DoesNotFitError: It fits nowhere, or memory ran out where the configuration allows no fallback.
+        MissingExtraError: Quantization is asked for and bitsandbytes is not installed.
+    """
+    started = time.perf_counter()
+    tell = on_event or (lambda _: None)
+    if config.load_in_8bit or config.load_in_4bit:
+        from lyra_emergence.runtime.quantized import require_bitsandbytes
+
+        require_bitsandbytes("8bit" if config.load_in_8bit else "4bit")
+    index = read_checkpoint(directory)
+    plan = plan or make_plan(config, index, probe_machine(with_torch=True))
+    tokenizer = _load_tokenizer(directory, config)
+    model = _map_model(index, config)
+    map_seconds = time.perf_counter() - started
+    tell(LoadEvent("map", f"{plan.model} is open, {len(index.tensors)} tensors mapped"))
+    blocks, handover, attempts = _promote(model, plan, tell)
+    device_map = {block.name: hf_device(block.device) for block in blocks if block.name}
+    if len(set(device_map.values())) > 1:
+        # Tells transformers and LangChain that the model is placed, and must not be moved as a whole.
+        model.hf_device_map = device_map
+    report = LoadReport(
+        attempts=attempts,
+        device_map=device_map,
+        seconds=time.perf_counter() - started,
+        map_seconds=map_seconds,
+        bytes_mapped=index.nbytes,
+        notes=plan.notes,
+    )
+    tell(LoadEvent("ready", f"ready on rung '{report.rung}' in {report.seconds:.1f} s"))
+    return LoadedModel(model, tokenizer, config, plan, report, blocks, handover)
+
+
+def _promote(
+    model: Any, plan: Plan, tell: Callable[[LoadEvent], None]
+) -> tuple[tuple[PlacedBlock, ...], Handover, tuple[Attempt, ...]]:
+    from lyra_emergence.runtime.blocks import split_into_blocks
+    from lyra_emergence.runtime.handover import Handover
+    from lyra_emergence.runtime.ladder import Ladder
+
+    blocks = split_into_blocks(model, [(p.block, p.kind) for p in plan.placements], _form(plan, model))
+    ladder = Ladder(blocks, plan, tell)
+    ladder.descend()
+    model.config.dtype = blocks_dtype(plan)
+    handover = Handover(model)
+    handover.connect(blocks, _entry_device(plan, blocks))
+    return blocks, handover, tuple(ladder.attempts)
+
+
+def _entry_device(plan: Plan, blocks: Sequence[PlacedBlock]) -> str:
+    embeddings = {p.block for p in plan.placements if p.kind == "embedding"}
+    return next((block.device for block in blocks if block.name in embeddings), "cpu")
+
+
+def blocks_dtype(plan: Plan) -> Any:
+    """Return the torch dtype that the plan's model computes in."""
+    import torch
+
+    return getattr(torch, plan.footprint.dtype)
+
+
+def _form(plan: Plan, model: Any) -> LoadedForm:
+    from lyra_emergence.runtime.blocks import LoadedForm
+
+    return LoadedForm(blocks_dtype(plan), model.dtype, plan.footprint.quantization)
+
+
+def _map_model(index: CheckpointIndex, config: ModelConfig) -> Any:
+    """Open the checkpoint on the CPU in its stored dtype: a map, not a copy."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    stored = {header: name for name, header in TORCH_DTYPES.items()}.get(index.dtype)
+    out_of_memory: BaseException | None = None
+    with _quiet_transformers():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                index.directory,
+                dtype=getattr(torch, stored) if stored else "auto",
+                local_files_only=True,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            error.__traceback__ = None
+            out_of_memory = error
+        except ValueError as error:
+            raise CheckpointError(f"{index.directory}: {error}") from error
+    if out_of_memory is not None:
+        raise DoesNotFitError(
+            f"out of memory while opening '{index.directory.name}': {out_of_memory}",
+            needed=index.nbytes,
+            available=probe_machine().cpu.free_bytes,
+            device="cpu",
+            hint="close what else uses the memory, or take a smaller model",
+        ) from out_of_memory
+    _check_complete(index, info)
+    model.requires_grad_(requires_grad=False)
+    return model.eval()
+
+
+def _check_complete(index: CheckpointIndex, info: dict[str, Any]) -> None:
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        # transformers would go on with random weights in their place.
+        shown = ", ".join(missing[:_MOST_NAMES_SHOWN]) + (" ..." if len(missing) > _MOST_NAMES_SHOWN else "")
+        raise CheckpointError(
+            f"{index.directory}: {len(missing)} weights of {index.architecture} are missing: {shown}",
+            hint="download the checkpoint again, or check config.json's architecture",
+        )
+
+
+def _load_tokenizer(directory: Path, config: ModelConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet_transformers():
+            return AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=config.trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{directory}: the tokenizer cannot be loaded: {error}",
+            hint="the folder needs the tokenizer's files (tokenizer.json, or the ones its class names)",
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and advice off the terminal: the caller shows its own progress."""
+    from transformers.utils import logging as hf_logging
+
+    bars, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _empty_caches(plan: Plan) -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if plan.request.accelerators:
+        torch.accelerator.empty_cache()

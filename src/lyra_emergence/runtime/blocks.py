@@ -1,0 +1,227 @@
+"""The blocks of a loaded model: each holds copies of its tensors on one device, or points at the checkpoint's map.
+
+A promotion makes every copy first and swaps them in afterwards, so that running out of memory in the middle leaves
+the block as it was. A demotion drops the copies and points back at the map: it allocates nothing and cannot fail,
+except where the block's CPU form is not the stored one (converted or quantized weights).
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lyra_emergence.errors import CheckpointError
+from lyra_emergence.runtime.quantized import quantized_module, replaces
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from lyra_emergence.footprint import Quantization
+
+__all__ = ["REST", "LoadedForm", "PlacedBlock", "split_into_blocks"]
+
+REST = ""
+"""The name of the block that holds what no block of the checkpoint claims, such as rotary tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedForm:
+    """How weights look once loaded.
+
+    Attributes:
+        dtype: What floating-point parameters are converted to.
+        stored: What they are in the checkpoint's map.
+        quantization: How projections of layers are packed, or None.
+    """
+
+    dtype: torch.dtype
+    stored: torch.dtype
+    quantization: Quantization | None
+
+
+class _Copies:
+    """Copies by (home tensor, device), so that tied weights on one device share one copy."""
+
+    def __init__(self, form: LoadedForm) -> None:
+        self._form = form
+        self._alive: weakref.WeakValueDictionary[tuple[int, str], torch.Tensor] = weakref.WeakValueDictionary()
+
+    def get(self, home: torch.Tensor, device: str) -> torch.Tensor:
+        """Return `home` on `device` in the loaded form, copying it unless a copy is alive or none is needed."""
+        converted = isinstance(home, nn.Parameter) and home.is_floating_point() and home.dtype != self._form.dtype
+        if device == "cpu" and not converted:
+            return home
+        key = (id(home), device)
+        copy = self._alive.get(key)
+        if copy is None:
+            data = home.detach()
+            data = (data.to(self._form.dtype) if converted else data).to(device)
+            copy = nn.Parameter(data, requires_grad=False) if isinstance(home, nn.Parameter) else data
+            self._alive[key] = copy
+        return copy
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A place in a module that holds a tensor, and the tensor that the checkpoint's map has for it."""
+
+    module: nn.Module
+    leaf: str
+    home: torch.Tensor
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        setattr(self.module, self.leaf, tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class _Projection:
+    """A place in a module that holds a projection which quantization replaces as a whole."""
+
+    parent: nn.Module
+    leaf: str
+    home: nn.Module
+
+
+class PlacedBlock:
+    """One block of a loaded model.
+
+    Attributes:
+        name: The name that the plan uses.
+        module: The module itself; None for the rest block.
+        device: Where its tensors are: torch's device name.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module | None, slots: Sequence[_Slot], copies: _Copies, form: LoadedForm
+    ) -> None:
+        self.name = name
+        self.module = module
+        self.device = "cpu"
+        self._copies = copies
+        self._form = form
+        self._projections = tuple(_projections(module)) if module is not None and form.quantization else ()
+        packed = {id(parameter) for p in self._projections for parameter in p.home.parameters()}
+        self._slots = tuple(slot for slot in slots if id(slot.home) not in packed)
+        self._at_home = True
+
+    @property
+    def mapped(self) -> bool:
+        """Whether every weight is the checkpoint's own map, which costs no memory of its own."""
+        return self._at_home and self._cpu_form_is_home()
+
+    def _cpu_form_is_home(self) -> bool:
+        if self._projections:
+            return False
+        return all(
+            not (isinstance(slot.home, nn.Parameter) and slot.home.is_floating_point())
+            or slot.home.dtype == self._form.dtype
+            for slot in self._slots
+        )
+
+    def move_to(self, device: str) -> int:
+        """Hold the block's tensors on `device` in the loaded form, and return the bytes that were copied.
+
+        Raises:
+            RuntimeError: Memory ran out; the block is as it was.
+        """
+        if device == "cpu" and self._cpu_form_is_home():
+            self._go_home()
+            return 0
+        if device == self.device and not self._at_home:
+            return 0
+        tensors = [(slot, self._copies.get(slot.home, device)) for slot in self._slots]
+        modules = [(p, quantized_module(p.home, self._form, device)) for p in self._projections]
+        for slot, tensor in tensors:
+            slot.hold(tensor)
+        for projection, module in modules:
+            setattr(projection.parent, projection.leaf, module)
+        self.device = device
+        self._at_home = False
+        copied = sum(tensor.nbytes for slot, tensor in tensors if tensor is not slot.home)
+        return copied + sum(p.nbytes for _, module in modules for p in module.parameters())
+
+    def release(self) -> None:
+        """Point back at the checkpoint's map in its stored form, dropping every copy."""
+        self._go_home()
+
+    def _go_home(self) -> None:
+        for slot in self._slots:
+            slot.hold(slot.home)
+        for projection in self._projections:
+            setattr(projection.parent, projection.leaf, projection.home)
+        self.device = "cpu"
+        self._at_home = True
+
+
+def _projections(module: nn.Module) -> Iterator[_Projection]:
+    for parent in module.modules():
+        for leaf, child in parent.named_children():
+            if replaces(child):
+                yield _Projection(parent, leaf, child)
+
+
+def split_into_blocks(model: nn.Module, names: Iterable[tuple[str, str]], form: LoadedForm) -> tuple[PlacedBlock, ...]:
+    """Divide a model into the blocks of its plan.
+
+    Args:
+        model: The model, its tensors mapped from the checkpoint.
+        names: (name, kind) of every block of the plan.
+        form: How weights look once loaded.
+
+    Returns:
+        The plan's blocks in order, then the rest block.
+
+    Raises:
+        CheckpointError: A block of the checkpoint has no module in the model.
+    """
+    kinds = dict(names)
+    modules = {name: _find_module(model, name) for name in kinds}
+    owners = {path: name for name, (path, _) in modules.items()}
+    slots: dict[str, list[_Slot]] = {name: [] for name in (*kinds, REST)}
+    for path, slot in _slots(model):
+        slots[_owner(path, owners)].append(slot)
+    copies = _Copies(form)
+    plain = LoadedForm(form.dtype, form.stored, None)
+    blocks = [
+        PlacedBlock(name, modules[name][1], slots[name], copies, form if kinds[name] == "layer" else plain)
+        for name in kinds
+    ]
+    return (*blocks, PlacedBlock(REST, None, slots[REST], copies, plain))
+
+
+def _find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """Find a checkpoint's module in the model, whose base prefix the checkpoint may have or lack."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    candidates = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
+    for path in candidates:
+        try:
+            return path, model.get_submodule(path)
+        except AttributeError:
+            continue
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    if output is not None and name.rpartition(".")[2] in ("lm_head", "embed_out", "output"):
+        return next(path for path, module in model.named_modules() if module is output), output
+    raise CheckpointError(
+        f"the checkpoint's block '{name}' has no module in {type(model).__name__}",
+        hint="check that config.json's architecture is the one that the weights were saved from",
+    )
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[str, _Slot]]:
+    for path, module in model.named_modules(remove_duplicate=True):
+        direct = (*module.named_parameters(recurse=False, remove_duplicate=False), *module.named_buffers(recurse=False))
+        for leaf, tensor in direct:
+            yield (f"{path}.{leaf}" if path else leaf), _Slot(module, leaf, tensor)
+
+
+def _owner(path: str, owners: dict[str, str]) -> str:
+    """Return the block whose module is the nearest one around the tensor at `path`."""
+    while path:
+        path = path.rpartition(".")[0]
+        if path in owners:
+            return owners[path]
+    return REST

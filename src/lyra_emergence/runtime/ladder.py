@@ -1,0 +1,196 @@
+"""Going down the ladder of a plan: promote block by block, and when memory runs out keep what the next rung keeps.
+
+Nothing is loaded twice: a block that is already where the next rung wants it stays, and a block that has to leave an
+accelerator points back at the checkpoint's map. Recovery happens after the `except` block: while the exception lives,
+its frames hold the tensors of the failed copy.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lyra_emergence.errors import DoesNotFitError, is_out_of_memory
+from lyra_emergence.load_report import Attempt, LoadEvent, Outcome
+from lyra_emergence.runtime.blocks import REST
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from lyra_emergence.placement import Placement
+    from lyra_emergence.plan import Plan, Rung
+    from lyra_emergence.runtime.blocks import PlacedBlock
+
+__all__ = ["Ladder", "allocated_bytes", "free_bytes"]
+
+CPU = "cpu"
+
+
+class Ladder:
+    """One descent: the blocks, their plan, and the attempts so far."""
+
+    def __init__(self, blocks: Sequence[PlacedBlock], plan: Plan, on_event: Callable[[LoadEvent], None]) -> None:
+        self.attempts: list[Attempt] = []
+        self._blocks = {block.name: block for block in blocks}
+        self._plan = plan
+        self._tell = on_event
+        self._accelerators = [budget.device for budget in plan.request.accelerators]
+
+    def descend(self) -> None:
+        """Promote the blocks of the first rung that memory allows.
+
+        Raises:
+            DoesNotFitError: Memory ran out on the last rung, or no fallback is allowed; every copy is dropped.
+            BaseException: Any error that is not about memory, unchanged; every copy is dropped.
+        """
+        for rung in self._plan.rungs[: self._plan.start]:
+            self._pass_over(rung, rung.reason)
+        failure: BaseException | None = None
+        loaded = False
+        try:
+            for rung in self._plan.rungs[self._plan.start :]:
+                placements = self._placements(rung)
+                if not placements:
+                    self._pass_over(rung, rung.reason)
+                    continue
+                failure = self._attempt(rung, placements)
+                if failure is None:
+                    loaded = True
+                    return
+        finally:
+            if not loaded:
+                self.release()
+        raise self._refusal() from failure
+
+    def release(self) -> None:
+        """Drop every copy of every block."""
+        for block in self._blocks.values():
+            block.release()
+        _give_back(self._accelerators)
+
+    def _pass_over(self, rung: Rung, reason: str) -> None:
+        self.attempts.append(Attempt(rung.name, "passed over", reason))
+        self._tell(LoadEvent("rung-passed", f"{rung.name}: passed over, {reason}"))
+
+    def _placements(self, rung: Rung) -> tuple[Placement, ...]:
+        if not rung.adaptive:
+            return rung.placements if rung.fits else ()
+        kept = sum(self._blocks[p.block].device != CPU for p in self._plan.placements if p.kind == "layer")
+        limits = {d: allocated_bytes(d) + free_bytes(d) for d in self._accelerators}
+        return self._plan.with_layers(kept, limits) if kept else ()
+
+    def _attempt(self, rung: Rung, placements: Sequence[Placement]) -> BaseException | None:
+        """Bring every block where `placements` wants it; return the out-of-memory error that stopped it, if any."""
+        before, started, copied = self._allocated(), time.perf_counter(), 0
+        failure: BaseException | None = None
+        where = REST
+        total = sum(p.weights for p in placements if p.device in self._accelerators)
+        try:
+            for where, device, is_demotion in self._moves(placements):
+                copied += self._blocks[where].move_to(device)
+                if not is_demotion and device != CPU:
+                    self._tell(LoadEvent("promote", f"{where} is on {device}", copied, total))
+            where = ""
+            self._prove_reserve(placements)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = _without_frames(error)
+        _give_back(self._accelerators)
+        outcome: Outcome = "loaded" if failure is None else "out of memory"
+        self.attempts.append(
+            Attempt(
+                rung.name,
+                outcome,
+                str(failure or "").split("\n")[0],
+                where,
+                self._bytes_short(where, placements) if failure else 0,
+                copied,
+                time.perf_counter() - started,
+                before,
+                self._allocated(),
+            )
+        )
+        if failure is not None:
+            at = f" at {where}" if where else " for the KV cache and activations"
+            self._tell(LoadEvent("rung-failed", f"{rung.name}: out of memory{at}"))
+        return failure
+
+    def _moves(self, placements: Sequence[Placement]) -> Iterator[tuple[str, str, bool]]:
+        """Yield (block, device, is demotion): demotions first, since they free what promotions need."""
+        wanted = {p.block: CPU if p.device == "disk" else p.device for p in placements}
+        layers = [p for p in placements if p.kind == "layer"]
+        wanted[REST] = wanted[layers[0].block] if layers else CPU
+        leaving = [name for name, device in wanted.items() if self._blocks[name].device not in (CPU, device)]
+        if leaving:
+            self._tell(LoadEvent("demote", f"{len(leaving)} blocks go back to the checkpoint's map"))
+        for name in leaving:
+            self._blocks[name].release()
+        gc.collect()
+        _give_back(self._accelerators)
+        order = sorted(wanted, key=lambda name: wanted[name] == CPU)
+        for name in order:
+            yield name, wanted[name], wanted[name] == CPU
+
+    def _prove_reserve(self, placements: Sequence[Placement]) -> None:
+        """Allocate what the KV cache and the activations will take, and let it go again."""
+        for use in self._plan.use_of(tuple(placements)):
+            reserve = use.kv_cache + use.activations
+            if use.device in self._accelerators and reserve:
+                torch.empty(reserve, dtype=torch.uint8, device=use.device)
+
+    def _bytes_short(self, block: str, placements: Sequence[Placement]) -> int:
+        chosen = next((p for p in placements if p.block == block), None)
+        device = chosen.device if chosen else next(iter(self._accelerators), CPU)
+        use = next((u for u in self._plan.use_of(tuple(placements)) if u.device == device), None)
+        reserve = use.kv_cache + use.activations if use else 0
+        needed = reserve + (chosen.weights if chosen else 0)
+        return max(0, needed - free_bytes(device))
+
+    def _allocated(self) -> dict[str, int]:
+        return {device: allocated_bytes(device) for device in self._accelerators}
+
+    def _refusal(self) -> DoesNotFitError:
+        failed = next(attempt for attempt in reversed(self.attempts) if attempt.outcome == "out of memory")
+        device = next(iter(self._accelerators), CPU) if failed.rung != "cpu" else CPU
+        free = free_bytes(device)
+        allowed = any(rung.name == "cpu" for rung in self._plan.rungs)
+        hint = 'close what else uses the memory, shorten the context, or set "load_in_4bit": true'
+        if not allowed:
+            hint = 'set "enable_progressive_fallback": true, or a lower "max_memory"'
+        message = f"out of memory on {device} while loading '{self._plan.model}': {failed.reason}"
+        return DoesNotFitError(message, needed=free + failed.bytes_short, available=free, device=device, hint=hint)
+
+
+def allocated_bytes(device: str) -> int:
+    """Return the bytes that this process's tensors take on an accelerator."""
+    kind, _, ordinal = device.partition(":")
+    module: Any = torch.get_device_module(kind)
+    if kind == "mps":
+        return int(module.current_allocated_memory())
+    return int(module.memory_allocated(int(ordinal)))
+
+
+def free_bytes(device: str) -> int:
+    """Return the bytes that can be allocated on a device now."""
+    from lyra_emergence.machine import probe_machine
+
+    found = probe_machine(with_torch=True).find(device)
+    return found.free_bytes if found is not None else 0
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """Cut the tracebacks of an error and of its causes: their frames hold the tensors of the failed step."""
+    current: BaseException | None = error
+    while current is not None:
+        current.__traceback__ = None
+        current = current.__cause__ or current.__context__
+    return error
+
+
+def _give_back(accelerators: Sequence[str]) -> None:
+    if accelerators:
+        torch.accelerator.empty_cache()

@@ -1,0 +1,71 @@
+"""Projections packed to 8 or 4 bits by bitsandbytes, built one at a time from the checkpoint's map.
+
+Covers `nn.Linear` and transformers' `Conv1D` (GPT-2), on GPUs and on the CPU. Heads, embeddings and fused experts stay
+as they are, as in transformers' own integration.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from lyra_emergence.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from lyra_emergence.footprint import Quantization
+    from lyra_emergence.runtime.blocks import LoadedForm
+
+__all__ = ["quantized_module", "replaces", "require_bitsandbytes"]
+
+OUTLIER_THRESHOLD = 6.0
+"""Columns with an activation beyond it are computed unpacked: LLM.int8(), arXiv 2208.07339, section 3.2."""
+
+
+def require_bitsandbytes(quantization: Quantization) -> None:
+    """Check that bitsandbytes is installed.
+
+    Raises:
+        MissingExtraError: It is not; the error names the command that installs it.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError(f"'load_in_{quantization}'", extra="quant")
+
+
+def replaces(module: nn.Module) -> bool:
+    """Return whether quantization replaces this module."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def quantized_module(home: Any, form: LoadedForm, device: str) -> nn.Module:
+    """Return a packed copy of the projection `home` on `device`.
+
+    Raises:
+        RuntimeError: Memory ran out.
+    """
+    import bitsandbytes as bnb
+
+    # Conv1D stores (inputs, outputs) where Linear stores (outputs, inputs).
+    matrix = home.weight.detach()
+    weight = matrix.T.contiguous() if type(home).__name__ == "Conv1D" else matrix
+    weight = weight.to(form.dtype)
+    rows, columns = weight.shape  # (outputs, inputs)
+    packed: Any
+    if form.quantization == "8bit":
+        packed = bnb.nn.Linear8bitLt(
+            columns, rows, bias=False, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD, device="meta"
+        )
+        packed.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+    else:
+        packed = bnb.nn.Linear4bit(columns, rows, bias=False, compute_dtype=form.dtype, quant_type="nf4", device="meta")
+        parameter = bnb.nn.Params4bit(
+            weight, requires_grad=False, quant_type="nf4", compress_statistics=False, module=packed
+        )
+        packed.weight = parameter.to(device)
+    bias: torch.Tensor | None = home.bias
+    if bias is not None:
+        packed.bias = nn.Parameter(bias.detach().to(form.dtype).to(device), requires_grad=False)
+    packed.eval()
+    return cast("nn.Module", packed)
