@@ -196,8 +196,8 @@ class JournalIndex:
         try:
             scores = self._reranker.score(question, texts)
         except Exception as exc:  # noqa: BLE001  # whatever is wrong with a model's files, the search answers
-            self._reranker, failed = None, self._reranker
-            self.note(f"reranking with {failed.name} failed, so the order is that of the words: {exc}")
+            name, self._reranker = self._reranker.name, None
+            self.note(f"reranking with {name} failed, so the order is that of the words: {exc}")
             return candidates
         reordered = zip((row for row, _ in candidates), scores, strict=True)
         return sorted(reordered, key=lambda item: (-item[1], -item[0]))

@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lyra_emergence.journal.text import words
+from lyra_emergence.journal.text import passages, words
 
 if TYPE_CHECKING:
     from lyra_emergence.journal.entries import JournalEntry
 
-__all__ = ["Hit", "beginning_with", "quoted", "terms"]
+__all__ = ["Hit", "beginning_with", "best_part", "quoted", "terms"]
 
 # Bounds for a text pasted as a question: FTS5 takes longer with every term, and the first ones say what is meant.
 _MAX_TERMS = 32
@@ -77,3 +77,10 @@ def quoted(term: str) -> str:
 def beginning_with(term: str) -> str:
     """Return the FTS5 expression that matches the words that begin with `term`."""
     return f"{quoted(term)}*"
+
+
+def best_part(passage: str, question: str, limit: int) -> str:
+    """Return the part of `passage`, `limit` characters at most, that shares most words with `question`."""
+    telling = set(terms(question))
+    parts = passages(passage, limit)
+    return max(parts, key=lambda part: len(telling.intersection(words(part))), default="")
