@@ -14,7 +14,7 @@ __all__ = ["Problems", "did_you_mean", "mismatch", "shown"]
 
 _LONGEST_SHOWN = 60
 _SHORTEST_BEGINNING = 3
-_LONGEST_NUMBER = 10**30
+_LARGEST_SHOWN = 10**30
 
 
 class Problems:
@@ -57,7 +57,8 @@ def shown(value: object) -> str:
     if isinstance(value, str):
         return repr(value if len(value) <= _LONGEST_SHOWN else f"{value[:_LONGEST_SHOWN]}...")
     if isinstance(value, (int, float)):
-        return repr(value) if abs(value) < _LONGEST_NUMBER else f"{value:.3e}"
+        huge = isinstance(value, int) and abs(value) >= _LARGEST_SHOWN
+        return "a number of more than 30 digits" if huge else repr(value)
     if isinstance(value, dict):
         return "an object"
     return "a list" if isinstance(value, (list, tuple)) else f"a value of type {type(value).__name__}"
