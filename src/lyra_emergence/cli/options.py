@@ -1,0 +1,75 @@
+"""What the command line asked for, and how it overrides the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lyra_emergence.config import ResolvedConfig
+
+__all__ = ["Options"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of one run; None where the user said nothing.
+
+    Attributes:
+        model: Hub id or folder.
+        model_config: Configuration file.
+        max_memory: "DEVICE=AMOUNT", as written.
+        context: Tokens of context.
+        journal: Journal file.
+        rerank: Whether found entries are ordered again.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: Sampling temperature; 0 takes the likeliest token each time.
+        seed: Seed of random sampling.
+        json: Whether stdout gets one JSON object.
+    """
+
+    model: str | None = None
+    model_config: Path | None = None
+    max_memory: tuple[str, ...] = ()
+    context: int | None = None
+    journal: Path | None = None
+    rerank: bool = False
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    json: bool = False
+
+    def resolve(self) -> ResolvedConfig:
+        """Return the configuration with these options on top.
+
+        A limit or a generation setting given here replaces that one key of the file and leaves its others.
+
+        Raises:
+            ConfigError: The file or an option is wrong.
+        """
+        from lyra_emergence.config import resolve_config
+
+        given: dict[str, Any] = {}
+        if self.model is not None:
+            given["model_id"] = self.model
+        if self.context is not None:
+            given["context_length"] = self.context
+        if self.max_memory:
+            given["max_memory"] = ",".join(self.max_memory)
+        generation = self._generation()
+        if generation:
+            given["pipeline_kwargs"] = generation
+        return resolve_config(self.model_config, overrides=given)
+
+    def _generation(self) -> dict[str, Any]:
+        given: dict[str, Any] = {}
+        if self.max_new_tokens is not None:
+            given["max_new_tokens"] = self.max_new_tokens
+        if self.temperature is not None:
+            # transformers refuses a temperature of 0; greedy decoding is what people mean by it.
+            given |= {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        if self.seed is not None:
+            given["seed"] = self.seed
+        return given

@@ -1,0 +1,156 @@
+"""From options to a loaded model: configuration, journal, model, plan and load, each said as it happens."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from lyra_emergence import cli
+from lyra_emergence.bundled import BUNDLED_ID
+from lyra_emergence.cli.console import strip_controls
+from lyra_emergence.cli.models import choose_model, describe_download
+from lyra_emergence.cli.plan import make_plan_for
+from lyra_emergence.cli.progress import LoadProgress, fetch, working
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lyra_emergence.chat import ChatSession
+    from lyra_emergence.cli.console import Console
+    from lyra_emergence.cli.models import Answer, Chooser, ModelChoice
+    from lyra_emergence.cli.options import Options
+    from lyra_emergence.config import ModelConfig, ResolvedConfig
+    from lyra_emergence.hub import RemoteModel
+    from lyra_emergence.journal import JournalIndex
+    from lyra_emergence.loading import LoadedModel
+    from lyra_emergence.plan import Plan
+
+__all__ = ["SAMPLE_JOURNAL", "Prepared", "find_journal", "loaded_model", "prepare", "start_session"]
+
+SAMPLE_JOURNAL: Final = Path("data", "journal", "sample.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that is ready to load.
+
+    Attributes:
+        choice: The model and its configuration.
+        plan: Where its blocks go.
+        journal: The journal, indexed; None for a chat without one.
+    """
+
+    choice: ModelChoice
+    plan: Plan
+    journal: JournalIndex | None
+
+    @property
+    def title(self) -> str:
+        """The model's name for a person."""
+        bundled = self.choice.config.model_id == BUNDLED_ID
+        return "the bundled model" if bundled else strip_controls(self.choice.config.model_id, one_line=True)
+
+    def describe_journal(self) -> str:
+        """Return which journal answers draw on, in a line."""
+        if self.journal is None:
+            return "no journal (--journal PATH names one)"
+        count = len(self.journal.entries)
+        return f"journal {self.journal.journal.path}, {count} entr{'y' if count == 1 else 'ies'}"
+
+
+def prepare(options: Options, console: Console) -> Prepared:
+    """Settle everything that can go wrong before seconds are spent on importing torch.
+
+    Raises:
+        LyraError: Something is wrong; see its type.
+    """
+    resolved = options.resolve()
+    for note in resolved.notes:
+        console.note(note)
+    journal = _open_journal(options, console)
+    chooser = _chooser(resolved, console) if console.interactive else None
+    choice = choose_model(resolved, fetch=lambda remote: fetch(remote, console), choose=chooser)
+    for note in choice.notes:
+        console.note(note)
+    with working(console, "reading the plan"):
+        plan = make_plan_for(choice)
+    for note in (*plan.notes, *_clamped(choice.config, plan)):
+        console.warning(note)
+    return Prepared(choice, plan, journal)
+
+
+def _clamped(config: ModelConfig, plan: Plan) -> tuple[str, ...]:
+    wanted = (config.pipeline_kwargs or {}).get("max_new_tokens", 0)
+    if wanted <= plan.context_length:
+        return ()
+    context = plan.context_length
+    return (f"max_new_tokens is {wanted}, but the context has {context} tokens: answers end where the context does",)
+
+
+def _open_journal(options: Options, console: Console) -> JournalIndex | None:
+    path = find_journal(options.journal)
+    if path is None:
+        return None
+    from lyra_emergence.journal import open_journal
+
+    return open_journal(path, rerank=options.rerank, on_note=console.note)
+
+
+def start_session(prepared: Prepared, loaded: LoadedModel) -> ChatSession:
+    """Return a conversation with the loaded model over the journal."""
+    from lyra_emergence.chat import ChatSession
+    from lyra_emergence.generation import GenerationOptions
+
+    return ChatSession(loaded, prepared.journal, options=GenerationOptions.for_model(loaded))
+
+
+def find_journal(asked: Path | None) -> Path | None:
+    """Return the journal asked for, else the sample of the current folder or of the checkout, else None."""
+    if asked is not None:
+        return asked
+    checkout = Path(cli.__file__).resolve().parents[3]
+    places = [Path(), checkout] if (checkout / "lyra.py").is_file() else [Path()]
+    return next((place / SAMPLE_JOURNAL for place in places if (place / SAMPLE_JOURNAL).is_file()), None)
+
+
+@contextmanager
+def loaded_model(prepared: Prepared, console: Console) -> Iterator[LoadedModel]:
+    """Load the model, showing progress, and release it at the end.
+
+    Raises:
+        LyraError: It cannot be loaded.
+    """
+    with working(console, "starting torch"):
+        # One person's tokenizer needs no threads, and a fork behind them would warn.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from lyra_emergence.loading import load
+    with LoadProgress(console) as progress:
+        loaded = load(
+            prepared.choice.config, directory=prepared.choice.directory, plan=prepared.plan, on_event=progress
+        )
+    try:
+        yield loaded
+    finally:
+        loaded.close()
+
+
+def _chooser(resolved: ResolvedConfig, console: Console) -> Chooser:
+    def choose(remote: RemoteModel, /) -> Answer:
+        where = f" ({resolved.path} names it)" if resolved.path else ""
+        console.say(f"{remote.model_id}{where} is not on this machine.")
+        console.say(f"  d  download it now: {describe_download(remote)}")
+        console.say("  b  use the small bundled model this time")
+        while True:
+            console.stderr.write("Which? [b] ")
+            console.stderr.flush()
+            reply = console.stdin.readline().strip().lower()
+            if reply in {"", "b", "bundled"}:
+                return "bundled"
+            if reply in {"d", "download"}:
+                return "download"
+            console.say("Answer d or b.")
+
+    return choose
