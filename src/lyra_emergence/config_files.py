@@ -186,7 +186,8 @@ def write_whole(path: Path, text: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         _replace_file(target, text.encode())
     except OSError as exc:
-        reason = (exc.strerror or str(exc)).lower()
+        in_the_way = isinstance(exc, (FileExistsError, NotADirectoryError))
+        reason = "a file stands where a folder belongs" if in_the_way else (exc.strerror or str(exc)).lower()
         raise LyraError(f"cannot write {path}: {reason}", hint="choose another path") from exc
 
 
