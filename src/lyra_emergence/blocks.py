@@ -1,0 +1,246 @@
+"""The blocks of a decoder in the order they run, found from the names and shapes of its tensors.
+
+Repeated layers are what the names number, whatever the architecture calls them: the first number in a name is the
+layer's, so experts and other numbered parts inside a layer stay in it. Of several numbered stacks (a vision tower
+beside a language model) the layers are the stack whose count config.json states for the language model, and among
+such stacks the largest. What lies outside the stacks is known by its role (`roles.py`).
+
+A head is tied, and its weight counted once, where config.json says so or its model type does by default, or where no
+head is stored and config.json does not object. A copy that is stored although tied is taken for equal by its dtype and
+shape: values are not read. (Where the copies differ, transformers warns and does not tie.)
+
+Not covered: encoder-decoder models (one of their stacks is taken for the layers), and names that transformers changes
+while it loads (GPT-NeoX stores `embed_out` for the module `lm_head`): `match_modules` finds the module.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from lyra_emergence.architecture import prediction_layers, stated_layers, ties_embeddings
+from lyra_emergence.errors import CheckpointError
+from lyra_emergence.roles import Roles, Surroundings, find_roles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from lyra_emergence.safetensors_header import TensorInfo
+
+__all__ = ["Block", "BlockKind", "find_blocks", "match_modules"]
+
+BlockKind = Literal["embedding", "layer", "norm", "head", "other"]
+
+_USUAL_HEAD = "lm_head"  # the module's name in transformers 5 for every causal language model that ties it
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part of the model that is placed as one.
+
+    Attributes:
+        name: Module path as the checkpoint names it, such as "model.layers.0".
+        kind: Its role in the order of execution.
+        index: A layer's number, None for all others.
+        tensors: Names of its own tensors, in file order; a head that is tied and has no bias has none.
+        nbytes: Bytes of its own tensors in the files.
+        tied_to: Name of the block that holds its weight, None where it holds its own.
+    """
+
+    name: str
+    kind: BlockKind
+    index: int | None
+    tensors: tuple[str, ...]
+    nbytes: int
+    tied_to: str | None = None
+
+
+@dataclass(slots=True)
+class _Stack:
+    layers: dict[int, list[TensorInfo]] = field(default_factory=dict)
+    nbytes: int = 0
+
+
+_Modules = dict[str, list["TensorInfo"]]
+
+
+def find_blocks(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], where: str) -> tuple[Block, ...]:
+    """Return the blocks in execution order: embeddings, other modules, layers, final norm, head.
+
+    Args:
+        tensors: Every tensor of the checkpoint.
+        config: The parsed config.json.
+        where: The checkpoint's folder; it begins the message of each error.
+
+    Raises:
+        CheckpointError: No layers, a layer missing, a number of layers that config.json contradicts, or no weight
+            for the head.
+    """
+    stacks, loose = _split(tensors.values())
+    counts = stated_layers(config, f"{where}/config.json")
+    extra = prediction_layers(config)
+    prefix = _language_stack(stacks, {count + more for count in counts.values() for more in (0, extra)}, where)
+    stack = stacks.pop(prefix)
+    _check_numbering(prefix, stack, where)
+    total = _check_count(prefix, len(stack.layers), counts, extra, where)
+    layers = [_block(f"{prefix}.{i}", "layer", stack.layers[i], index=i) for i in range(total)]
+    others = [_block(f"{prefix}.{i}", "other", stack.layers[i]) for i in range(total, len(stack.layers))]
+    others += [_block(f"{name}.{i}", "other", found) for name, s in stacks.items() for i, found in s.layers.items()]
+    modules = _own_modules(loose, {block.name for block in (*layers, *others)})
+    roles = find_roles(modules, Surroundings.of(prefix, tuple(stacks), config))
+    others += [_block(name, "other", modules[name]) for name in roles.others]
+    embeddings = [_block(name, "embedding", modules[name]) for name in roles.embeddings]
+    norms = [_block(name, "norm", modules[name]) for name in roles.norms]
+    tied = ties_embeddings(config)
+    head = _head(roles, modules, tied, where)
+    if not embeddings:
+        embeddings = [_shared_embedding(prefix, head, tied, where)]
+    return (*embeddings, *others, *layers, *norms, head)
+
+
+def match_modules(blocks: Sequence[Block], modules: Iterable[str]) -> dict[str, str]:
+    """Return for each block the name of the model's module that it is, where there is one.
+
+    Checkpoints may leave out the model's outer name (official GPT-2 stores `h.0` for `transformer.h.0`) or use another
+    one (GPT-NeoX stores `embed_out` for `lm_head`).
+
+    Args:
+        blocks: The blocks of a checkpoint.
+        modules: Names of the modules of the model that was built for it, as `named_modules()` gives them.
+    """
+    names = set(modules)
+    outer = _outer_name(blocks, names)
+    found: dict[str, str] = {}
+    for block in blocks:
+        candidates = (block.name, f"{outer}{block.name}", _USUAL_HEAD if block.kind == "head" else "")
+        match = next((name for name in candidates if name and name in names), None)
+        if match is not None:
+            found[block.name] = match
+    return found
+
+
+def _outer_name(blocks: Sequence[Block], names: set[str]) -> str:
+    """Return what the model puts before the checkpoint's names, such as "transformer.", or ""."""
+    first = next((block.name for block in blocks if block.kind == "layer"), "")
+    if first in names:
+        return ""
+    longer = [name for name in names if name.endswith(f".{first}")]
+    return longer[0].removesuffix(first) if len(longer) == 1 else ""
+
+
+def _split(tensors: Iterable[TensorInfo]) -> tuple[dict[str, _Stack], _Modules]:
+    """Return the numbered stacks by the path before the number, and all other tensors by their module path."""
+    stacks: dict[str, _Stack] = {}
+    loose: _Modules = {}
+    for tensor in tensors:
+        parts = tensor.name.split(".")
+        at = next((i for i, part in enumerate(parts) if i and _NUMBER.fullmatch(part)), None)
+        if at is None or at == len(parts) - 1:
+            loose.setdefault(".".join(parts[:-1]) or tensor.name, []).append(tensor)
+            continue
+        stack = stacks.setdefault(".".join(parts[:at]), _Stack())
+        stack.layers.setdefault(int(parts[at]), []).append(tensor)
+        stack.nbytes += tensor.nbytes
+    return stacks, loose
+
+
+def _language_stack(stacks: Mapping[str, _Stack], counts: set[int], where: str) -> str:
+    if not stacks:
+        raise CheckpointError(
+            f"{where}: no tensor name numbers a layer (such as 'model.layers.0.…')",
+            hint="this is no decoder-only language model, or its names were changed",
+        )
+    return max(stacks, key=lambda prefix: (len(stacks[prefix].layers) in counts, stacks[prefix].nbytes))
+
+
+def _check_numbering(prefix: str, stack: _Stack, where: str) -> None:
+    missing = next((i for i in range(len(stack.layers)) if i not in stack.layers), None)
+    if missing is not None:
+        raise CheckpointError(
+            f"{where}: layer {prefix}.{missing} is missing, though {prefix}.{max(stack.layers)} is there",
+            hint="the checkpoint is incomplete; download or copy it again",
+        )
+
+
+def _check_count(prefix: str, found: int, counts: Mapping[str, int], extra: int, where: str) -> int:
+    """Return how many of the `found` layers are the model's own; the rest only predict further tokens."""
+    if not counts or found in counts.values():
+        return found
+    own = next((count for count in counts.values() if found == count + extra), None)
+    if own is None:
+        said = ", ".join(f"'{key}': {count}" for key, count in counts.items())
+        raise CheckpointError(
+            f"{where}: config.json says {said}, but the weights hold {found} layers, "
+            f"{prefix}.0 to {prefix}.{found - 1}",
+            hint="config.json and the weights must come from the same checkpoint",
+        )
+    return own
+
+
+def _own_modules(loose: _Modules, block_names: set[str]) -> _Modules:
+    """Split a module that other blocks lie in, tensor by tensor: in a device map its name would stand for them too."""
+    outer: set[str] = set()
+    for name in (*block_names, *loose):
+        parts = name.split(".")
+        outer.update(".".join(parts[:i]) for i in range(1, len(parts)))
+    modules: _Modules = {}
+    for name, tensors in loose.items():
+        if name in outer:
+            modules.update({tensor.name: [tensor] for tensor in tensors})
+        else:
+            modules[name] = tensors
+    return modules
+
+
+def _block(
+    name: str,
+    kind: BlockKind,
+    tensors: Sequence[TensorInfo],
+    *,
+    index: int | None = None,
+    tied_to: str | None = None,
+) -> Block:
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    return Block(name, kind, index, tuple(tensor.name for tensor in tensors), nbytes, tied_to)
+
+
+def _head(roles: Roles, modules: _Modules, tied: bool | None, where: str) -> Block:
+    name = roles.head
+    stored = modules[name] if name is not None else []
+    table = modules[roles.embeddings[0]] if roles.embeddings else []
+    weights = [tensor for tensor in stored if not tensor.name.endswith(".bias")]
+    if name is not None and weights and not (tied and _are_copies(weights, table)):
+        return _block(name, "head", stored)
+    if not weights and tied is False:
+        raise CheckpointError(
+            f"{where}: no weight for the language model's head, and config.json says 'tie_word_embeddings': false",
+            hint="the checkpoint is incomplete, or it was saved from a model without a head",
+        )
+    if not table:
+        raise CheckpointError(
+            f"{where}: neither an input embedding nor a head was found among the tensors",
+            hint="config.json and the weights must come from the same checkpoint",
+        )
+    bias = [tensor for tensor in stored if tensor not in weights]
+    return _block(name or _USUAL_HEAD, "head", bias, tied_to=roles.embeddings[0])
+
+
+def _are_copies(weights: Sequence[TensorInfo], table: Sequence[TensorInfo]) -> bool:
+    return [(t.dtype, t.shape) for t in weights] == [(t.dtype, t.shape) for t in table]
+
+
+def _shared_embedding(stack: str, head: Block, tied: bool | None, where: str) -> Block:
+    """Return the block of an embedding whose weight is stored only under the head's name.
+
+    transformers ties in that direction too. The embedding's own name is a guess from the stack's.
+    """
+    if tied is False:
+        raise CheckpointError(
+            f"{where}: no input embedding, and config.json says 'tie_word_embeddings': false",
+            hint="the checkpoint is incomplete; download or copy it again",
+        )
+    parent, _, last = stack.rpartition(".")
+    name = "wte" if last == "h" else "embed_tokens"
+    return _block(f"{parent}.{name}" if parent else name, "embedding", (), tied_to=head.name)
