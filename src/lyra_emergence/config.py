@@ -84,7 +84,7 @@ def resolve_config(
     """
     problems = Problems()
     named = path is not None
-    file = Path(path).expanduser() if path is not None else discover(directory or Path())
+    file = _expanded(path) if path is not None else discover(directory or Path())
     layers = _Layers()
     if file is not None:
         layers.add(read_config_file(file, problems), "named file" if named else "file", str(file))
@@ -127,7 +127,14 @@ def save_config(config: ModelConfig, config_path: str | Path) -> None:
     check_values(values, problems)
     check_together(values, problems)
     problems.raise_if_any()
-    write_config_file(Path(config_path).expanduser(), values)
+    write_config_file(_expanded(config_path), values)
+
+
+def _expanded(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # "~somebody" who is no user of this machine, or no home: a name like any other
+        return Path(path)
 
 
 class _Layers:

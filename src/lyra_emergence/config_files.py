@@ -90,7 +90,7 @@ def read_config_file(path: Path, problems: Problems) -> dict[str, Any]:
     with _cache_lock:
         try:
             values = _read_through_cache(key, path, found)
-        except OSError as exc:
+        except (OSError, ValueError) as exc:  # a ValueError: a NUL in the path
             found.add(_reason(exc))
             values = {}
     problems.lines += found.lines
@@ -127,9 +127,11 @@ def _read_bytes(path: Path) -> tuple[bytes, _Signature | None]:
     return content, before if before == after else None
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError | ValueError) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if isinstance(error, ValueError):
+        return "is not a path that a file can have"
     return f"cannot be read: {(error.strerror or str(error)).lower()}"
 
 

@@ -152,6 +152,17 @@ def test_a_named_file_that_is_missing_is_an_error() -> None:
     assert caught.value.hint == "check the path, or write an example there with: lyra.py config init PATH"
 
 
+def test_paths_that_no_file_can_have() -> None:
+    for path, problem in (
+        ("~nobody-of-this-name/c.json", "~nobody-of-this-name/c.json: no such file"),
+        ("a\0b", "'a\\x00b': is not a path that a file can have"),
+        ("", ".: is a folder, not a file"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(path)
+        assert caught.value.problems == (problem,)
+
+
 def test_a_folder_and_a_pipe_are_no_files() -> None:
     Path("folder").mkdir()
     os.mkfifo("pipe")
@@ -202,6 +213,16 @@ def test_a_change_of_the_same_size_at_once_is_noticed() -> None:
     for layers in range(10, 60):
         write("model_config.json", layers)
         assert load_config().gpu_layers_fallback == layers
+
+
+def test_a_file_whose_next_change_might_not_show_is_not_cached() -> None:
+    path = write("model_config.json", 1)
+    future = time.time_ns() + 3_600_000_000_000
+    os.utime(path, ns=(future, future))
+    with opened_files() as opened:
+        load_config()
+        load_config()
+    assert opened == ["model_config.json"] * 2
 
 
 def test_a_change_under_a_kept_modification_time_is_noticed() -> None:
