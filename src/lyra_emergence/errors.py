@@ -28,6 +28,7 @@ __all__ = [
     "MissingExtraError",
     "ModelUnavailableError",
     "is_out_of_memory",
+    "without_frames",
 ]
 
 _OUT_OF_MEMORY_MESSAGES = (
@@ -161,3 +162,17 @@ def _is_itself_out_of_memory(error: BaseException) -> bool:
     if "unable to mmap" in text:
         return _UNABLE_TO_MMAP_IS_MEMORY in text
     return any(message in text for message in _OUT_OF_MEMORY_MESSAGES)
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """Cut the tracebacks of an error and of what led to it, and return it.
+
+    Their frames hold the tensors of the step that failed, for as long as anyone holds the error.
+    """
+    current: BaseException | None = error
+    for _ in range(_MAX_CAUSES):
+        if current is None:
+            break
+        current.__traceback__ = None
+        current = current.__cause__ or current.__context__
+    return error

@@ -23,13 +23,14 @@ class LoadEvent:
 
     Attributes:
         kind: "map" (the checkpoint is open), "promote" (a block was copied), "rung-failed" (memory ran out),
-            "rung-passed" (a rung cannot fit), "demote" (copies were dropped) or "ready".
+            "rung-passed" (a rung cannot fit), "demote" (copies were dropped), "note" (a warning of the plan) or
+            "ready".
         message: The step in a sentence, for a person.
         done: Bytes promoted so far.
         total: Bytes that the present rung promotes.
     """
 
-    kind: Literal["map", "promote", "rung-failed", "rung-passed", "demote", "ready"]
+    kind: Literal["map", "promote", "rung-failed", "rung-passed", "demote", "note", "ready"]
     message: str
     done: int = 0
     total: int = 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.checkpoint import read_checkpoint
-from lyra_emergence.errors import CheckpointError, DoesNotFitError, is_out_of_memory
+from lyra_emergence.errors import CheckpointError, DoesNotFitError, is_out_of_memory, without_frames
 from lyra_emergence.footprint import TORCH_DTYPES
 from lyra_emergence.load_report import Attempt, LoadEvent, LoadReport
 from lyra_emergence.machine import probe_machine
@@ -69,11 +69,13 @@ class LoadedModel:
 
     def close(self) -> None:
         """Drop every copy on every device; the model is of no use afterwards."""
+        from lyra_emergence.runtime.memory import give_back
+
         self._handover.disconnect()
         for block in self.blocks:
             block.release()
         self.model = None
-        _empty_caches(self.plan)
+        give_back()
 
 
 def load(
@@ -178,8 +180,7 @@ def _map_model(index: CheckpointIndex, config: ModelConfig) -> Any:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            error.__traceback__ = None
-            out_of_memory = error
+            out_of_memory = without_frames(error)
         except ValueError as error:
             raise CheckpointError(f"{index.directory}: {error}") from error
     if out_of_memory is not None:
@@ -235,13 +236,3 @@ def _quiet_transformers() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
-
-
-def _empty_caches(plan: Plan) -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if plan.request.accelerators:
-        torch.accelerator.empty_cache()

@@ -7,15 +7,15 @@ its frames hold the tensors of the failed copy.
 
 from __future__ import annotations
 
-import gc
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from lyra_emergence.errors import DoesNotFitError, is_out_of_memory
+from lyra_emergence.errors import DoesNotFitError, is_out_of_memory, without_frames
 from lyra_emergence.load_report import Attempt, LoadEvent, Outcome
 from lyra_emergence.runtime.blocks import REST
+from lyra_emergence.runtime.memory import allocated_bytes, free_bytes, give_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lyra_emergence.plan import Plan, Rung
     from lyra_emergence.runtime.blocks import PlacedBlock
 
-__all__ = ["Ladder", "allocated_bytes", "free_bytes"]
+__all__ = ["Ladder"]
 
 CPU = "cpu"
 
@@ -69,7 +69,7 @@ class Ladder:
         """Drop every copy of every block."""
         for block in self._blocks.values():
             block.release()
-        _give_back(self._accelerators)
+        give_back()
 
     def _pass_over(self, rung: Rung, reason: str) -> None:
         self.attempts.append(Attempt(rung.name, "passed over", reason))
@@ -98,8 +98,8 @@ class Ladder:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            failure = _without_frames(error)
-        _give_back(self._accelerators)
+            failure = without_frames(error)
+        give_back()
         outcome: Outcome = "loaded" if failure is None else "out of memory"
         self.attempts.append(
             Attempt(
@@ -129,8 +129,7 @@ class Ladder:
             self._tell(LoadEvent("demote", f"{len(leaving)} blocks go back to the checkpoint's map"))
         for name in leaving:
             self._blocks[name].release()
-        gc.collect()
-        _give_back(self._accelerators)
+        give_back()
         order = sorted(wanted, key=lambda name: wanted[name] == CPU)
         for name in order:
             yield name, wanted[name], wanted[name] == CPU
@@ -163,34 +162,3 @@ class Ladder:
             hint = 'set "enable_progressive_fallback": true, or a lower "max_memory"'
         message = f"out of memory on {device} while loading '{self._plan.model}': {failed.reason}"
         return DoesNotFitError(message, needed=free + failed.bytes_short, available=free, device=device, hint=hint)
-
-
-def allocated_bytes(device: str) -> int:
-    """Return the bytes that this process's tensors take on an accelerator."""
-    kind, _, ordinal = device.partition(":")
-    module: Any = torch.get_device_module(kind)
-    if kind == "mps":
-        return int(module.current_allocated_memory())
-    return int(module.memory_allocated(int(ordinal)))
-
-
-def free_bytes(device: str) -> int:
-    """Return the bytes that can be allocated on a device now."""
-    from lyra_emergence.machine import probe_machine
-
-    found = probe_machine(with_torch=True).find(device)
-    return found.free_bytes if found is not None else 0
-
-
-def _without_frames(error: BaseException) -> BaseException:
-    """Cut the tracebacks of an error and of its causes: their frames hold the tensors of the failed step."""
-    current: BaseException | None = error
-    while current is not None:
-        current.__traceback__ = None
-        current = current.__cause__ or current.__context__
-    return error
-
-
-def _give_back(accelerators: Sequence[str]) -> None:
-    if accelerators:
-        torch.accelerator.empty_cache()
