@@ -55,8 +55,10 @@ class GenerationOptions:
 
     @classmethod
     def for_model(cls, loaded: LoadedModel, overrides: Mapping[str, Any] | None = None) -> Self:
-        """Return the options that hold for a model: `overrides`, else its configuration's `pipeline_kwargs`, else the
-        model's own generation_config.json, else the defaults here. Unknown names are ignored.
+        """Return the options that hold for a model.
+
+        Each is taken from `overrides`, else from its configuration's `pipeline_kwargs`, else from the model's own
+        generation_config.json, else from the defaults here. Unknown names are ignored.
         """
         names = [field.name for field in fields(cls)]
         own = getattr(loaded.model, "generation_config", None)
@@ -168,7 +170,7 @@ def _generate(loaded: LoadedModel, prompt: list[int], options: GenerationOptions
     ends = _end_tokens(loaded)
     decoder = TextDecoder(loaded.tokenizer, prompt)
     scanner = StopScanner(options.stop)
-    chooser = _Chooser(loaded, prompt, options)
+    chooser = _Chooser(prompt, options)
     stepper = _Stepper(loaded)
     clock = time.perf_counter()
     logits = stepper.prefill(prompt)
@@ -238,7 +240,7 @@ class _Stepper:
 class _Chooser:
     """Chooses tokens from logits: the likeliest, or a draw."""
 
-    def __init__(self, loaded: LoadedModel, prompt: list[int], options: GenerationOptions) -> None:
+    def __init__(self, prompt: list[int], options: GenerationOptions) -> None:
         from transformers import LogitsProcessorList
 
         self._options = options

@@ -2,12 +2,13 @@
 
 The ladder has up to four rungs. "full" holds the whole model on accelerators; "planned" holds as many layers there as
 the budgets allow, or what a custom map says; "fallback" holds `gpu_layers_fallback` layers there, by the documented
-map; "cpu" uses no accelerator. Loading starts at the first rung that fits and steps down when memory runs out all the same.
+map; "cpu" uses no accelerator. Loading starts at the first rung that fits, and steps down when memory runs out all the
+same.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lyra_emergence.budgets import Request, read_request
@@ -17,11 +18,11 @@ from lyra_emergence.placement import DeviceUse, Placement, check_fits, measure_u
 from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from lyra_emergence.checkpoint import CheckpointIndex
-    from lyra_emergence.config import ModelConfig
 
+    from lyra_emergence.config import ModelConfig
     from lyra_emergence.machine import Machine
 
 __all__ = ["DeviceUse", "Placement", "Plan", "Rung", "RungName", "make_plan"]
@@ -39,15 +40,17 @@ class Rung:
 
     Attributes:
         name: "full", "planned", "fallback" or "cpu".
-        placements: One per block in execution order; empty for a "fallback" that is worked out when memory runs out.
+        placements: One per block in execution order; empty where the rung is passed over or adaptive.
         fits: Whether the budgets allow it.
         reason: Why it stands here, or why it is passed over.
+        adaptive: Whether its placements are worked out when memory runs out, from what is free then.
     """
 
     name: RungName
     placements: tuple[Placement, ...]
     fits: bool
     reason: str
+    adaptive: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +97,20 @@ class Plan:
         """Return how full each device is under `placements`."""
         return measure_use(placements, self.footprint, (*self.request.accelerators, self.request.cpu))
 
-    def with_layers(self, count: int) -> tuple[Placement, ...]:
-        """Return the documented map with `count` layers on accelerators: embeddings there, norm and head on the CPU."""
-        return place(self.footprint, self.request, layer_limit=count)
+    def with_layers(self, count: int, limits: Mapping[str, int] | None = None) -> tuple[Placement, ...]:
+        """Return the documented map with at most `count` layers on accelerators.
+
+        The embeddings go with them, norm and head to the CPU.
+
+        Args:
+            count: The most layers to place there.
+            limits: Bytes that an accelerator really allows, by device name, where less than its budget.
+        """
+        measured = tuple(
+            replace(budget, limit=min(budget.limit, (limits or {}).get(budget.device, budget.limit)))
+            for budget in self.request.accelerators
+        )
+        return place(self.footprint, self.request, accelerators=measured, layer_limit=count)
 
     def device_map(self) -> dict[str, int | str]:
         """Return the start rung as transformers writes it: 0 for the first accelerator, "mps", "cpu", "disk"."""
@@ -234,7 +248,8 @@ def _fallback_rung(wanted: int | None, above: Rung, footprint: Footprint, reques
         return
     if wanted is None:
         if planned:
-            yield Rung("fallback", (), fits=False, reason="as many layers as memory allows when it runs out")
+            reason = "as many layers as memory allows when it runs out"
+            yield Rung("fallback", (), fits=False, reason=reason, adaptive=True)
         return
     if above.fits and wanted >= planned:
         yield Rung("fallback", (), fits=False, reason=f"{wanted} layers are not fewer than the {planned} planned")
