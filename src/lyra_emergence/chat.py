@@ -37,7 +37,7 @@ _LEAST_ANSWER = 32
 """Tokens of an answer that are kept free even for the longest question."""
 _CITATION = re.compile(r"\[(\d{1,3}(?:\s*[,;]\s*\d{1,3})*)\]")
 _REFERRING = frozenset(
-    ["he", "her", "hers", "him", "his", "it", "its", "she", "that", "their", "them", "there", "these", "they", "this"]
+    ["he", "her", "hers", "him", "his", "it", "its", "she", "that", "their", "them", "these", "they", "this"]
 )
 _FEW_TERMS = 2
 """Telling words of a question that leans on the one before, at most: with more, "she" is likely someone it names."""

@@ -37,7 +37,7 @@ _WEIGHTS = (4.0, 2.0, 1.0)  # title, tags, text
 _MIN_COVERAGE = 0.15
 """Least share of the question's words that an entry must have, each word counting by its rarity."""
 _MIN_OF_BEST = 0.3
-"""Least score of an entry, as a share of the best entry's."""
+"""Least score that words may give an entry, as a share of the best entry's."""
 _DATE_BONUS = 6.0
 """Added for a named date: about what two rare words that match are worth, so that "in May" outranks one chance word."""
 _MIN_PREFIX = 4
@@ -136,8 +136,7 @@ class JournalIndex:
         scores = self._by_words(search.terms(question))
         for row in self._by_date(named_dates(question)):
             scores[row] = scores.get(row, 0.0) + _DATE_BONUS
-        ranked = sorted(scores.items(), key=lambda item: (-item[1], -item[0]))
-        return [(row, score) for row, score in ranked if score >= _MIN_OF_BEST * ranked[0][1]]
+        return sorted(scores.items(), key=lambda item: (-item[1], -item[0]))
 
     def _by_words(self, telling: tuple[str, ...]) -> dict[int, float]:
         known = [(expression, count) for expression, count in map(self._known, telling) if count]
@@ -146,7 +145,8 @@ class JournalIndex:
         any_of = " OR ".join(expression for expression, _ in known)
         scores: dict[int, float] = dict(self._database.execute(_RANK, (*_WEIGHTS, any_of, _POOL)).fetchall())
         covered = self._coverage(known, unknown=len(telling) - len(known), rows=scores)
-        return {row: score for row, score in scores.items() if covered[row] >= _MIN_COVERAGE}
+        least = _MIN_OF_BEST * max(scores.values(), default=0.0)
+        return {row: score for row, score in scores.items() if covered[row] >= _MIN_COVERAGE and score >= least}
 
     def _known(self, term: str) -> tuple[str, int]:
         """Return the expression for `term` and the count of passages that match it.

@@ -68,7 +68,7 @@ class CrossEncoderReranker:
         self._model: Any = None
 
     def score(self, question: str, passages: list[str]) -> list[float]:
-        """Return the model's relevance logit for each passage."""
+        """Return the model's relevance for each passage, on the scale that its configuration sets."""
         if self._model is None:
             self._model = _load_cross_encoder(self._directory)
         pairs = [(question, passage) for passage in passages]
