@@ -189,10 +189,17 @@ def _load_pipeline(
 
     batch_size = kwargs.pop("batch_size", 4)
     chosen = _with_arguments(config, model_id, task, kwargs)
-    loaded = load(chosen, directory=locate(model_id), on_event=on_event)
+    loaded = load(chosen, directory=_locate(model_id), on_event=on_event)
     for note in loaded.plan.notes:
         on_event(LoadEvent("note", note))
     return LyraPipeline.from_loaded(loaded, model_id=model_id, batch_size=batch_size)
+
+
+def _locate(model_id: str) -> Path:
+    """Return the folder of a model that was named, fetching it if it is not on disk."""
+    from lyra_emergence.hub import download, find_local, look_up
+
+    return find_local(model_id) or download(look_up(model_id))
 
 
 def _with_arguments(config: ModelConfig, model_id: str, task: str, kwargs: dict[str, Any]) -> ModelConfig:

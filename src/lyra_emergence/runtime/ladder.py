@@ -99,7 +99,8 @@ class Ladder:
             if not is_out_of_memory(error):
                 raise
             failure = without_frames(error)
-        give_back()
+        if failure is not None:
+            give_back()
         outcome: Outcome = "loaded" if failure is None else "out of memory"
         self.attempts.append(
             Attempt(
@@ -129,7 +130,8 @@ class Ladder:
             self._tell(LoadEvent("demote", f"{len(leaving)} blocks go back to the checkpoint's map"))
         for name in leaving:
             self._blocks[name].release()
-        give_back()
+        if leaving:
+            give_back()
         order = sorted(wanted, key=lambda name: wanted[name] == CPU)
         for name in order:
             yield name, wanted[name], wanted[name] == CPU
