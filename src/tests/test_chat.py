@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lyra_emergence.chat import Answer, ChatChunk, ChatSession, Source, plain
+from lyra_emergence.config import ModelConfig
 from lyra_emergence.errors import GenerationError
-from lyra_emergence.generation import Chunk, GenerationOptions, GenerationStats
+from lyra_emergence.generation import Chunk, GenerationOptions, GenerationStats, stream_generate
 from lyra_emergence.journal import Journal, JournalEntry, JournalIndex, open_journal
+from lyra_emergence.loading import load
 
 from .tokenizers_for_tests import TURNS, byte_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 SAMPLE = Path(__file__).parents[2] / "data" / "journal" / "sample.json"
 STATS = GenerationStats(prompt_tokens=3, new_tokens=2, prefill_seconds=0.5, decode_seconds=0.25)
@@ -260,7 +262,7 @@ def test_then_passages_are_cut_to_the_part_that_matches() -> None:
     filler = "Nothing of note on that day, nothing at all. " * 10
     script = Script([["Yes."]])
     chat = session(
-        script, index(f"{filler}The heron came."), context_length=900, options=GenerationOptions(max_new_tokens=150)
+        script, index(f"{filler}The heron came."), context_length=900, options=GenerationOptions(max_new_tokens=200)
     )
     answer = ask(chat, "heron?")
     assert answer.notes == ("passages cut to 400 characters: the context has 900 tokens",)
@@ -287,3 +289,23 @@ def test_a_question_beyond_the_context_is_an_error() -> None:
         chat.ask("x" * 94)
     assert str(caught.value) == "the question takes 97 tokens, and the model's context has 128"
     assert caught.value.hint == "shorten it, or use a model with a longer context"
+
+
+def test_a_real_model_answers_and_is_interrupted(checkpoints: Callable[[str], Path]) -> None:
+    with_model = load(ModelConfig(), directory=checkpoints("llama"))
+    try:
+        chat = ChatSession(with_model, index("The heron."), options=GenerationOptions(max_new_tokens=16))
+        answer = ask(chat, "The river?")
+        prompt = "Question: The river?\nAnswer:"
+        expected = "".join(
+            chunk.text for chunk in stream_generate(with_model, prompt, GenerationOptions(max_new_tokens=16))
+        )
+        assert answer.text == expected.strip()
+        assert answer.stats is not None
+        stream = chat.ask("The rain?")
+        shown = next(stream).text
+        stream.close()
+        assert chat.last is not None
+        assert (chat.last.text, chat.last.finish_reason) == (shown.rstrip(), "interrupted")
+    finally:
+        with_model.close()

