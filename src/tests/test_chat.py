@@ -296,7 +296,9 @@ def test_a_real_model_answers_and_is_interrupted(checkpoints: Callable[[str], Pa
     try:
         chat = ChatSession(with_model, index("The heron."), options=GenerationOptions(max_new_tokens=16))
         answer = ask(chat, "The river?")
-        prompt = "Question: The river?\nAnswer:"
+        prompt = with_model.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "The river?"}], add_generation_prompt=True, return_dict=False
+        )
         expected = "".join(
             chunk.text for chunk in stream_generate(with_model, prompt, GenerationOptions(max_new_tokens=16))
         )
