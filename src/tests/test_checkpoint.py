@@ -17,6 +17,7 @@ from lyra_emergence.architecture import TIED_BY_DEFAULT
 from lyra_emergence.blocks import match_modules
 from lyra_emergence.checkpoint import CheckpointIndex, read_checkpoint
 from lyra_emergence.errors import CheckpointError
+from lyra_emergence.hub_files import select_files
 from lyra_emergence.json_files import DAMAGED
 from lyra_emergence.safetensors_header import DTYPE_BITS, TensorInfo, read_header
 
@@ -212,6 +213,8 @@ def test_gpt2_has_two_embeddings_and_a_tied_head(saved: dict[str, tuple[Path, An
 def test_the_shards_of_qwen2_are_several(saved: dict[str, tuple[Path, Any]]) -> None:
     index = read_checkpoint(saved["qwen2"][0])
     assert len({info.file for info in index.tensors.values()}) > 3
+    files = {path.name for path in saved["qwen2"][0].iterdir()}
+    assert set(select_files(files)) == files
 
 
 def test_official_gpt2_names_have_no_outer_module(saved: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
