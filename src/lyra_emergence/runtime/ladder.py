@@ -89,11 +89,12 @@ class Ladder:
         where = REST
         total = sum(p.weights for p in placements if p.device in self._accelerators)
         try:
-            for where, device, is_demotion in self._moves(placements):
-                copied += self._blocks[where].move_to(device)
-                if not is_demotion and device != CPU:
+            for where, device in self._moves(placements):
+                moved = self._blocks[where].move_to(device)
+                copied += moved
+                if moved and where != REST:
                     self._tell(LoadEvent("promote", f"{where} is on {device}", copied, total))
-            where = ""
+            where = REST
             self._prove_reserve(placements)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -120,8 +121,8 @@ class Ladder:
             self._tell(LoadEvent("rung-failed", f"{rung.name}: out of memory{at}"))
         return failure
 
-    def _moves(self, placements: Sequence[Placement]) -> Iterator[tuple[str, str, bool]]:
-        """Yield (block, device, is demotion): demotions first, since they free what promotions need."""
+    def _moves(self, placements: Sequence[Placement]) -> Iterator[tuple[str, str]]:
+        """Demote what has to leave its accelerator, which frees what promotions need; then yield (block, device)."""
         wanted = {p.block: CPU if p.device == "disk" else p.device for p in placements}
         layers = [p for p in placements if p.kind == "layer"]
         wanted[REST] = wanted[layers[0].block] if layers else CPU
@@ -132,9 +133,9 @@ class Ladder:
             self._blocks[name].release()
         if leaving:
             give_back()
-        order = sorted(wanted, key=lambda name: wanted[name] == CPU)
-        for name in order:
-            yield name, wanted[name], wanted[name] == CPU
+        # Accelerators first: what is left to the CPU is decided once they are full.
+        for name in sorted(wanted, key=lambda name: wanted[name] == CPU):
+            yield name, wanted[name]
 
     def _prove_reserve(self, placements: Sequence[Placement]) -> None:
         """Allocate what the KV cache and the activations will take, and let it go again."""

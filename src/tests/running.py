@@ -1,0 +1,41 @@
+"""Running checkpoints in tests: greedy tokens through Lyra, and through plain transformers on the CPU."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lyra_emergence.generation import GenerationOptions, stream_generate
+
+if TYPE_CHECKING:
+    from lyra_emergence.loading import LoadedModel
+
+PROMPT = (5, 9, 17, 33, 21, 40, 8, 11)
+NEW_TOKENS = 12
+
+
+@cache
+def reference(directory: Path, new_tokens: int = NEW_TOKENS) -> list[int]:
+    """The greedy tokens of plain transformers on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+    ids = torch.tensor([PROMPT])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+    return out[0, len(PROMPT) :].tolist()
+
+
+def greedy(loaded: LoadedModel, new_tokens: int = NEW_TOKENS) -> list[int]:
+    """The greedy tokens of a loaded model."""
+    options = GenerationOptions(max_new_tokens=new_tokens)
+    return [token for chunk in stream_generate(loaded, PROMPT, options) for token in chunk.token_ids]
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
