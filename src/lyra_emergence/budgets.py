@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from lyra_emergence.config import ModelConfig
-
     from lyra_emergence.footprint import Footprint
     from lyra_emergence.machine import Device, Machine
 
@@ -83,7 +82,7 @@ def read_request(config: ModelConfig, machine: Machine, footprint: Footprint) ->
     elif wish is not None and wish not in _AUTOMATIC:
         device = machine.find(wish)
         if device is None:
-            lacking.add(f"'device_map': {wish}", wish)
+            lacking.add("'device_map'", wish)
             accelerators = ()
         else:
             accelerators = tuple(b for b in accelerators if b.device == device.name)
@@ -95,15 +94,21 @@ class _Lacking:
     """Collects the devices that a configuration names and this machine lacks, for one warning."""
 
     def __init__(self) -> None:
-        self._found: dict[str, None] = {}
+        self._found: dict[str, list[str]] = {}
 
     def add(self, where: str, device: str) -> None:
-        self._found[f"{where}" if device in where else f"{where} ({device})"] = None
+        self._found.setdefault(device, []).append(where)
 
     def notes(self) -> tuple[str, ...]:
         if not self._found:
             return ()
-        return (f"this machine lacks devices that the configuration names, ignored: {', '.join(self._found)}",)
+        named = ", ".join(_named(device, places) for device, places in self._found.items())
+        return (f"this machine lacks devices that the configuration names, ignored: {named}",)
+
+
+def _named(device: str, places: list[str]) -> str:
+    more = f" and {len(places) - 1} more" if places[1:] else ""
+    return f"{places[0]}{more}" if f".{device}'" in places[0] else f"{places[0]}{more} ({device})"
 
 
 def _limits(max_memory: Mapping[str, str | int], machine: Machine, lacking: _Lacking) -> dict[str, int]:
@@ -146,8 +151,11 @@ def _pinned(wish: Mapping[str, str | int], machine: Machine, footprint: Footprin
         key = _longest_match(block.name, wish)
         if key is None:
             continue
-        pinned[block.name] = _device_name(f"device_map.{key}" if key else "device_map", wish[key], machine, lacking)
-    stuck = [b.name for b in footprint.blocks if pinned.get(b.name) == "disk" and not b.mapped]
+        where = f"'device_map' for {key}" if key else "'device_map'"
+        pinned[block.name] = _device_name(where, wish[key], machine, lacking)
+    mapped = {block.name: block.mapped for block in footprint.blocks}
+    on_disk = [block for block in footprint.blocks if pinned.get(block.name) == "disk"]
+    stuck = [block.name for block in on_disk if not (block.mapped and mapped[block.tied_to or block.name])]
     if stuck:
         raise ConfigError(
             "only weights in their stored form can stay on disk:",
@@ -161,7 +169,7 @@ def _device_name(where: str, value: str | int, machine: Machine, lacking: _Lacki
         return "disk"
     device = machine.find(str(value))
     if device is None:
-        lacking.add(f"'{where}'", str(value))
+        lacking.add(where, str(value))
         return "cpu"
     return device.name
 

@@ -9,14 +9,19 @@
     ├── GenerationError           a request cannot be run (an empty prompt, a prompt beyond the context)
     └── JournalError              a journal file is missing or holds no valid entry
 
-Foreign exceptions are recognised as out of memory in one place, `is_out_of_memory`: by type wherever the library
-has one, by message only where torch raises a bare RuntimeError.
+Foreign exceptions are recognized as out of memory in one place, `is_out_of_memory`: by type wherever the library has
+one, by message only where torch raises a bare RuntimeError, or where transformers hides the error in a text.
 """
 
 from __future__ import annotations
 
+import errno
+import re
 import sys
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = [
     "CheckpointError",
@@ -32,14 +37,14 @@ __all__ = [
 ]
 
 _OUT_OF_MEMORY_MESSAGES = (
-    # torch raises these as bare RuntimeErrors: the allocator of the CPU (Linux, Windows), MPS, a CUDA error code
-    # that reached us outside the caching allocator, XPU, cuBLAS and cuDNN workspaces, and C++ operator new.
+    # torch raises these as bare RuntimeErrors: the allocator of the CPU (Linux, Windows), MPS, error codes of CUDA and
+    # HIP that reached us outside the caching allocator, XPU, workspaces of the math libraries, and C++ operator new.
     "defaultcpuallocator: can't allocate memory",
     "defaultcpuallocator: not enough memory",
-    "[enforce fail at alloc_cpu",
     "mps backend out of memory",
-    "invalid buffer size",
+    "invalid buffer size: ",
     "cuda error: out of memory",
+    "cuda driver error: out of memory",
     "hip error: out of memory",
     "cuda out of memory",
     "hip out of memory",
@@ -50,11 +55,19 @@ _OUT_OF_MEMORY_MESSAGES = (
     "cublas_status_alloc_failed",
     "hipblas_status_alloc_failed",
     "cudnn_status_alloc_failed",
+    "cusolver_status_alloc_failed",
     "std::bad_alloc",
-    "unable to mmap",
 )
-_UNABLE_TO_MMAP_IS_MEMORY = "cannot allocate memory"
+_UNABLE_TO_MMAP = "unable to mmap"
+_NO_MEMORY_TO_MMAP = "cannot allocate memory"
+_ALLOCATION_CODE = 2
+"""cudaErrorMemoryAllocation, and hipErrorOutOfMemory."""
 _MAX_CAUSES = 16
+
+_CONVERSION_FAILED = "We encountered some issues during automatic conversion of the weights"
+_PIPELINE_FAILED = "Could not load model "
+_RAISED = re.compile(r"^(?P<type>[A-Za-z_][\w.]*)(?:: (?P<message>.*))?$")
+"""The line that ends a printed traceback; the lines of its frames are indented."""
 
 
 class LyraError(Exception):
@@ -139,29 +152,75 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether `error`, or an error that caused it, means that memory ran out.
 
     A device-side assert, an index error, a missing file or a Ctrl-C is never out of memory, whatever its text.
+
+    Two errors of transformers hide what happened: a failed conversion of weights (quantization, merged experts) keeps
+    the original's text in the frame that raised it, so ask before the traceback is cut; a pipeline that could not
+    load a model by its id prints the original tracebacks into its message.
     """
-    seen = 0
     current: BaseException | None = error
-    while current is not None and seen < _MAX_CAUSES:
+    for _ in range(_MAX_CAUSES):
+        if not isinstance(current, Exception) or _has_broken_the_device(current):
+            return False
         if _is_itself_out_of_memory(current):
             return True
-        seen += 1
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     return False
 
 
-def _is_itself_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError):
-        return True
+def _has_broken_the_device(error: Exception) -> bool:
+    """Return whether a GPU reported an error other than lack of memory: its context is lost, a retry is no remedy."""
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+    kind = getattr(torch, "AcceleratorError", None)
+    return kind is not None and isinstance(error, kind) and not _is_itself_out_of_memory(error)
+
+
+def _is_itself_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
-    if not isinstance(error, RuntimeError):
-        return False
-    text = str(error).lower()
-    if "unable to mmap" in text:
-        return _UNABLE_TO_MMAP_IS_MEMORY in text
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error)
+    if isinstance(error, ValueError):
+        return text.startswith(_PIPELINE_FAILED) and _prints_out_of_memory(text)
+    return isinstance(error, RuntimeError) and _tells_out_of_memory(error, text)
+
+
+def _tells_out_of_memory(error: RuntimeError, text: str) -> bool:
+    if text.startswith(_CONVERSION_FAILED):
+        return any(_prints_out_of_memory(found) for found in _conversion_errors(error))
+    return getattr(error, "error_code", None) == _ALLOCATION_CODE or _says_out_of_memory(text)
+
+
+def _says_out_of_memory(text: str) -> bool:
+    text = text.lower()
+    if _UNABLE_TO_MMAP in text:
+        return _NO_MEMORY_TO_MMAP in text
     return any(message in text for message in _OUT_OF_MEMORY_MESSAGES)
+
+
+def _prints_out_of_memory(text: str) -> bool:
+    """Return whether a text with printed tracebacks has an out-of-memory error in it."""
+    return any(_ends_out_of_memory(match) for line in text.splitlines() if (match := _RAISED.match(line)))
+
+
+def _ends_out_of_memory(raised: re.Match[str]) -> bool:
+    name = raised["type"].rpartition(".")[2]
+    if name in ("OutOfMemoryError", "MemoryError", "_ArrayMemoryError"):
+        return True
+    # A conversion without details prints its step in place of the type: "Concatenate: CUDA out of memory. Tried ..."
+    foreign = name.endswith("Error") and name not in ("RuntimeError", "AcceleratorError")
+    return not foreign and _says_out_of_memory(raised["message"] or "")
+
+
+def _conversion_errors(error: Exception) -> Iterator[str]:
+    """Yield the texts of the failed conversions, which transformers keeps in the frame that raised `error`."""
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    info = step.tb_frame.f_locals.get("loading_info") if step is not None else None
+    found = getattr(info, "conversion_errors", None)
+    yield from (text for text in found.values() if isinstance(text, str)) if isinstance(found, dict) else ()
 
 
 def without_frames(error: BaseException) -> BaseException:

@@ -8,6 +8,7 @@ caches them; recurrent states are not counted. Activations are upper estimates f
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +36,11 @@ _NF4_BLOCK = 64
 _QUANT_CODE_BYTES = 16 * 4
 _RESIDUAL_COPIES = 6
 """Hidden-sized tensors alive at once in a layer: residual, normed input, query, attention output, two temporaries."""
+_ALL_LAYERS_SLIDE = frozenset({"mistral", "mixtral", "phi3", "phimoe", "starcoder2"})
+_FULL_ATTENTION_PERIODS = {"cohere2": 4, "gemma2": 2, "gemma3": 6, "gemma3_text": 6}
+"""Where transformers 5.23 takes the alternation from if config.json has no `layer_types`, as older files do."""
+_TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+"""Model types whose projections are stored as (inputs, outputs)."""
 _MLP_COPIES = 3
 """Intermediate-sized tensors alive at once in a gated MLP: gate, up, their product."""
 
@@ -146,12 +152,15 @@ def estimate_footprint(
     context = _checked_context(index, context_length)
     name = compute_dtype(index, dtype)
     shape = _Shape.read(index, itemsize=_TYPE_BITS[TORCH_DTYPES[name]] // 8)
+    transposed = index.model_type in _TRANSPOSED
     blocks = tuple(
         BlockFootprint(
             name=block.name,
             kind=block.kind,
             tied_to=block.tied_to,
-            weights=sum(_loaded_bytes(index.tensors[t], block, name, quantization) for t in block.tensors),
+            weights=sum(
+                _loaded_bytes(index.tensors[t], block, name, quantization, transposed=transposed) for t in block.tensors
+            ),
             kv_cache=shape.kv_bytes(block.index, context, batch)
             if block.kind == "layer" and block.index is not None
             else 0,
@@ -193,14 +202,18 @@ def is_floating(dtype: str) -> bool:
 def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
     """Return whether bitsandbytes packs this tensor of a layer: the matrix of a projection.
 
-    Experts are left out: transformers fuses them into one three-dimensional tensor, which is no projection.
+    Left out are experts, which transformers fuses into one three-dimensional tensor, and the routers that choose
+    among them: in transformers 5 neither is a projection.
     """
-    return name.endswith(".weight") and len(shape) == 2 and ".experts." not in name  # noqa: PLR2004
+    is_matrix = name.endswith(".weight") and len(shape) == 2  # noqa: PLR2004
+    return is_matrix and ".experts." not in name and not name.endswith((".gate.weight", ".router.weight"))
 
 
-def _loaded_bytes(tensor: TensorInfo, block: Block, dtype: str, quantization: Quantization | None) -> int:
+def _loaded_bytes(
+    tensor: TensorInfo, block: Block, dtype: str, quantization: Quantization | None, *, transposed: bool
+) -> int:
     if quantization is not None and block.kind == "layer" and is_quantizable(tensor.name, tensor.shape):
-        return packed_bytes(tensor.shape, quantization)
+        return packed_bytes(tensor.shape[::-1] if transposed else tensor.shape, quantization)
     if is_floating(tensor.dtype):
         return math.prod(tensor.shape) * _TYPE_BITS[TORCH_DTYPES[dtype]] // 8
     return int(tensor.nbytes)
@@ -240,8 +253,7 @@ class _Shape:
     key_width: int
     value_width: int
     vocab: int
-    window: int | None
-    layer_types: tuple[str, ...]
+    windows: tuple[int | None, ...]
     experts_per_token: int
     itemsize: int
     notes: tuple[str, ...]
@@ -249,17 +261,17 @@ class _Shape:
     @classmethod
     def read(cls, index: CheckpointIndex, *, itemsize: int) -> _Shape:
         config = index.text_config
-        hidden = int(_first(config, ("hidden_size", "n_embd", "d_model", "dim")) or 0)
-        heads = int(_first(config, ("num_attention_heads", "n_head", "num_heads", "n_heads")) or 0)
-        head_width = int(_first(config, ("head_dim",)) or (hidden // heads if heads else 0))
+        hidden = _size(config, "hidden_size", "n_embd", "d_model", "dim") or 0
+        heads = _size(config, "num_attention_heads", "n_head", "num_heads", "n_heads") or 0
+        head_width = _size(config, "head_dim") or (hidden // heads if heads else 0)
         notes = () if heads else ("config.json names no attention heads: no KV cache is counted",)
         key_width, value_width, key_heads = head_width, head_width, _key_heads(config, heads)
-        if _first(config, ("kv_lora_rank",)):
+        if _size(config, "kv_lora_rank"):
             # Multi-head latent attention: transformers caches the expanded keys and values of every head.
-            key_width = int(config.get("qk_nope_head_dim") or 0) + int(config.get("qk_rope_head_dim") or 0)
-            value_width, key_heads = int(config.get("v_head_dim") or head_width), heads
-        inner = int(_first(config, ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")) or 4 * hidden)
-        per_token = int(_first(config, ("num_experts_per_tok", "moe_topk", "num_selected_experts")) or 1)
+            key_width = (_size(config, "qk_nope_head_dim") or 0) + (_size(config, "qk_rope_head_dim") or 0)
+            value_width, key_heads = _size(config, "v_head_dim") or head_width, heads
+        inner = _size(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden
+        per_token = _size(config, "num_experts_per_tok", "moe_topk", "num_selected_experts") or 1
         return cls(
             hidden=hidden,
             intermediate=inner,
@@ -267,20 +279,20 @@ class _Shape:
             key_heads=key_heads,
             key_width=key_width,
             value_width=value_width,
-            vocab=int(_first(config, ("vocab_size",)) or 0),
-            window=_sliding_window(config),
-            layer_types=tuple(config.get("layer_types") or ()),
+            vocab=_size(config, "vocab_size") or 0,
+            windows=_windows(config, len(index.layers)),
             experts_per_token=per_token,
             itemsize=itemsize,
             notes=notes,
         )
 
     def kv_bytes(self, layer: int, context: int, batch: int) -> int:
-        """Bytes of one layer's keys and values, (batch, key heads, tokens, width) each."""
-        kind = self.layer_types[layer] if layer < len(self.layer_types) else None
-        tokens = context
-        if self.window is not None and kind in (None, "sliding_attention", "chunked_attention"):
-            tokens = min(context, self.window)
+        """Bytes of one layer's keys and values at their most, (batch, key heads, tokens, width) each.
+
+        A sliding window keeps its last tokens as a view of what the last step made, so a chunk of prefill counts whole.
+        """
+        window = self.windows[layer] if layer < len(self.windows) else None
+        tokens = context if window is None else min(context, window - 1 + PREFILL_CHUNK)
         return batch * self.key_heads * tokens * (self.key_width + self.value_width) * self.itemsize
 
     def layer_activations(self, tokens: int, context: int, batch: int) -> int:
@@ -295,14 +307,41 @@ class _Shape:
         return tokens * (width + context) * self.itemsize + grown_cache
 
 
+def _size(config: Mapping[str, Any], *keys: str) -> int | None:
+    """Return the first of `keys` that holds a whole number above 0; of a list with one per layer, the largest."""
+    for key in keys:
+        value = config.get(key)
+        numbers = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int and n > 0]
+        if numbers:
+            return max(numbers)
+    return None
+
+
 def _key_heads(config: Mapping[str, Any], heads: int) -> int:
-    named = _first(config, ("num_key_value_heads", "num_kv_heads"))
     if config.get("multi_query") and not config.get("new_decoder_architecture"):
         return 1
-    return int(named) if named is not None else heads
+    return _size(config, "num_key_value_heads", "num_kv_heads") or heads
 
 
-def _sliding_window(config: Mapping[str, Any]) -> int | None:
-    window = config.get("sliding_window")
-    # Where "use_sliding_window" is absent, transformers takes the window whenever one is given.
-    return int(window) if window and config.get("use_sliding_window", True) else None
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    """Return the tokens that each layer's attention looks back over, None where it is all of them.
+
+    Where neither config.json nor the model type tells which layers slide, none does: too much rather than too little.
+    """
+    sliding, chunk = _size(config, "sliding_window"), _size(config, "attention_chunk_size")
+    by_type = {"sliding_attention": sliding, "chunked_attention": chunk}
+    types = config.get("layer_types")
+    if isinstance(types, list):
+        return tuple(by_type.get(kind) if isinstance(kind, str) else None for kind in types)
+    period = _full_attention_period(config)
+    return tuple(sliding if period is not None and (i + 1) % period else None for i in range(layers))
+
+
+def _full_attention_period(config: Mapping[str, Any]) -> int | None:
+    """Return n where every n-th layer looks back over everything and the others slide, None where none slides."""
+    model_type = config.get("model_type")
+    if config.get("use_sliding_window") is False or not isinstance(model_type, str):
+        return None
+    if model_type in _ALL_LAYERS_SLIDE:
+        return sys.maxsize
+    return _size(config, "sliding_window_pattern") or _FULL_ATTENTION_PERIODS.get(model_type)

@@ -1,7 +1,8 @@
 """Filling devices with blocks: which block goes where, how many bytes it takes there, and why.
 
 Invariants:
-- every block has exactly one device; layers are contiguous and never return to an earlier device;
+- every block has exactly one device; layers that no map pins are contiguous and never return to an earlier device;
+- as many layers as fit in that order are on accelerators;
 - on an accelerator, weights + KV cache + activations + reserved bytes never exceed the budget;
 - a tied block shares the device of the block that holds its weight, unless a custom map parts them;
 - only blocks in their stored form are left on disk.
@@ -9,7 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lyra_emergence.errors import DoesNotFitError
@@ -103,16 +104,17 @@ def place(
         layer_limit: How many layers may be on accelerators. With a limit the embeddings go to the first accelerator
             and everything behind the layers to the CPU, which is the documented map of the fallback's middle rung.
     """
-    filler = _Filler(footprint, request.accelerators if accelerators is None else accelerators)
+    budgets = request.accelerators if accelerators is None else accelerators
+    filler = _Filler(footprint, budgets)
     if layer_limit is None:
         filler.pin(request.pinned)
         filler.fill_layers(len(footprint.blocks))
         filler.fill_rest()
     else:
         filler.fill_embeddings()
-        filler.fill_layers(layer_limit)
-    placed = filler.finish()
-    return _spill_to_disk(placed, footprint, request.cpu)
+        if not filler.fill_layers(layer_limit):
+            filler = _Filler(footprint, budgets)  # embeddings alone gain nothing there
+    return _spill_to_disk(filler.finish(layer_limit), footprint, request.cpu)
 
 
 class _Filler:
@@ -125,51 +127,82 @@ class _Filler:
         self._computing: set[str] = set()
         self._with_head: set[str] = set()
         self._placed: dict[str, tuple[str, str]] = {}
+        # The block that makes logits where it is: the head, or what holds its weight and takes it along.
+        self._logits = {block.tied_to or block.name for block in footprint.blocks if block.kind == "head"}
 
     def pin(self, pinned: Mapping[str, str]) -> None:
-        for name, device in pinned.items():
-            self._take(self._blocks[name], device, "the device map says so")
+        devices = dict(pinned)
+        for block in self._footprint.blocks:
+            pair = (block.name, block.tied_to)
+            if block.tied_to is None or not any(name in devices for name in pair):
+                continue
+            device = devices.get(block.name) or devices[block.tied_to]
+            if device != DISK or self._blocks[block.tied_to].mapped:
+                devices.setdefault(block.tied_to, device)
+            devices.setdefault(block.name, device)
+            if block.kind == "head" and devices.get(block.tied_to) != devices[block.name]:
+                self._logits = {block.name}
+        # Holders first: whether a tied block needs a copy of its own depends on where they are.
+        for name in sorted(devices, key=lambda name: self._blocks[name].tied_to is not None):
+            self._take(self._blocks[name], devices[name], "the device map says so")
 
     def fill_embeddings(self) -> None:
         for block in self._of_kind("embedding"):
             self._try(block, list(self._left)[:1], "the embeddings feed the first layer")
 
-    def fill_layers(self, limit: int) -> None:
-        """Fill accelerator after accelerator with consecutive layers; the first that fits nowhere ends it."""
-        devices = list(self._left)
-        for count, block in enumerate(self._of_kind("layer")):
+    def fill_layers(self, limit: int) -> int:
+        """Fill accelerator after accelerator with consecutive layers; the first that fits nowhere ends it.
+
+        Returns:
+            How many layers this put there.
+        """
+        devices, filled = list(self._left), 0
+        for count, block in enumerate(self._of_kind("layer")[:limit]):
             if block.name in self._placed:
                 continue
-            if count >= limit:
-                return
             while devices and not self._try(block, devices[:1], f"fits, layer {count + 1} in order"):
                 devices.pop(0)
             if not devices:
-                return
+                break
+            filled += 1
+        return filled
 
     def fill_rest(self) -> None:
-        """Give what is left to head, norm and embeddings, once every layer is on an accelerator."""
-        layers = self._of_kind("layer")
-        if not all(self._placed.get(block.name, (CPU, ""))[0] in self._left for block in layers):
+        """Give what is left to norm, head and embeddings, once every layer is on an accelerator."""
+        if not self._layers_are_fast():
             return
+        layers = self._of_kind("layer")
         last = [self._placed[layers[-1].name][0]] if layers else []
         order = [*last, *(device for device in self._left if device not in last)]
-        tied = {block.tied_to for block in self._footprint.blocks if block.tied_to is not None}
-        shared = [block for block in self._of_kind("embedding") if block.name in tied]
-        for block in (*self._of_kind("norm"), *self._of_kind("head"), *shared):
-            if block.tied_to is None:
-                self._try(block, order, "fits, beside the last layer")
+        for block in (*self._of_kind("norm"), *self._of_kind("head")):
+            self._try(block, order, "fits, beside the last layer")
         for block in (*self._of_kind("embedding"), *self._of_kind("other")):
             self._try(block, list(self._left), "fits; one row is read per token, so it comes last")
 
-    def finish(self) -> tuple[Placement, ...]:
+    def finish(self, layer_limit: int | None) -> tuple[Placement, ...]:
         """Send what is not placed to the CPU, tied blocks to their weights, and return all in execution order."""
         for block in self._footprint.blocks:
             if block.tied_to in self._placed and block.name not in self._placed:
                 self._take(block, self._placed[block.tied_to or ""][0], f"shares the weights of {block.tied_to}")
-            elif block.name not in self._placed:
-                self._take(block, CPU, "no accelerator has room left" if self._left else "no accelerator to use")
+        fast = self._layers_are_fast()
+        for block in self._footprint.blocks:
+            if block.name not in self._placed:
+                self._take(block, CPU, self._why_cpu(block, fast=fast, layer_limit=layer_limit))
         return tuple(self._placement(block) for block in self._footprint.blocks)
+
+    def _why_cpu(self, block: BlockFootprint, *, fast: bool, layer_limit: int | None) -> str:
+        if not self._left:
+            return "no accelerator to use"
+        if layer_limit is not None and block.kind in ("layer", "norm", "head"):
+            return f"at most {layer_limit} layers stay on accelerators"
+        if not fast and block.kind in ("norm", "head"):
+            return "runs after the last layer, which is on the CPU"
+        if not fast and block.kind == "embedding":
+            return "one row is read per token, so layers go first"
+        return "no accelerator has room left"
+
+    def _layers_are_fast(self) -> bool:
+        return all(self._placed.get(block.name, (CPU, ""))[0] in self._left for block in self._of_kind("layer"))
 
     def _placement(self, block: BlockFootprint) -> Placement:
         device, reason = self._placed[block.name]
@@ -187,6 +220,9 @@ class _Filler:
     def _try(self, block: BlockFootprint, devices: Iterable[str], reason: str) -> bool:
         if block.name in self._placed:
             return True
+        if block.tied_to is not None:
+            # It goes where its weight goes.
+            return self._try(self._blocks[block.tied_to], devices, f"{reason}; shared by {block.name}")
         for device in devices:
             if self._cost(block, device) <= self._left[device]:
                 self._take(block, device, reason)
@@ -194,43 +230,48 @@ class _Filler:
         return False
 
     def _cost(self, block: BlockFootprint, device: str) -> int:
-        cost = block.nbytes
+        cost = self._weights_on(block, device) + block.kv_cache
         if block.kind == "layer" and device not in self._computing:
             cost += self._footprint.layer_activations
-        if self._runs_head(block) and device not in self._with_head:
+        if block.name in self._logits and device not in self._with_head:
             cost += self._footprint.head_activations
         return cost
-
-    def _runs_head(self, block: BlockFootprint) -> bool:
-        return block.kind == "head" or any(b.tied_to == block.name for b in self._footprint.blocks)
 
     def _take(self, block: BlockFootprint, device: str, reason: str) -> None:
         if device in self._left:
             self._left[device] -= self._cost(block, device)
         if block.kind == "layer":
             self._computing.add(device)
-        if self._runs_head(block):
+        if block.name in self._logits:
             self._with_head.add(device)
         self._placed[block.name] = (device, reason)
 
 
 def _spill_to_disk(placed: tuple[Placement, ...], footprint: Footprint, cpu: Budget) -> tuple[Placement, ...]:
-    """Leave CPU blocks in the file until the rest fits main memory: embeddings first, then layers from the last."""
-    use = measure_use(placed, footprint, (cpu,))
-    over = -next((device.unused for device in use if device.device == CPU), 0)
-    mapped = {block.name: block.mapped for block in footprint.blocks}
-    on_cpu = [p for p in placed if p.device == CPU and mapped[p.block] and p.weights > 0]
-    order = [p for p in on_cpu if p.kind == "embedding"] + [p for p in reversed(on_cpu) if p.kind != "embedding"]
+    """Leave CPU blocks in the file until the rest fits main memory."""
+    over = -measure_use(placed, footprint, (cpu,))[0].unused
     spilled: set[str] = set()
-    for placement in order:
+    for placement in _spill_order(placed, footprint):
         if over <= 0:
             break
         spilled.add(placement.block)
         over -= placement.weights
+    if not spilled:
+        return placed
+    tied = {block.name: block.tied_to for block in footprint.blocks}
+    spilled |= {p.block for p in placed if p.device == CPU and p.weights == 0 and tied[p.block] in spilled}
     reason = f"main memory is full ({cpu.reason}): read from the file as it is used"
-    return tuple(
-        Placement(p.block, p.kind, DISK, p.weights, p.kv_cache, reason) if p.block in spilled else p for p in placed
-    )
+    return tuple(replace(p, device=DISK, reason=reason) if p.block in spilled else p for p in placed)
+
+
+def _spill_order(placed: Sequence[Placement], footprint: Footprint) -> list[Placement]:
+    """Return the CPU's blocks that may stay in the file: lookups first, then layers from the last, then the rest."""
+    mapped = {block.name for block in footprint.blocks if block.mapped}
+    shared = {block.tied_to for block in footprint.blocks}
+    here = [p for p in reversed(placed) if p.device == CPU and p.block in mapped and p.weights > 0]
+    rank = {p.block: 1 if p.kind == "layer" else 2 for p in here}
+    rank |= {p.block: 0 for p in here if p.kind == "embedding" and p.block not in shared}
+    return sorted(here, key=lambda p: rank[p.block])
 
 
 def measure_use(

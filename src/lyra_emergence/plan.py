@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lyra_emergence.budgets import Request, read_request
 from lyra_emergence.errors import DoesNotFitError
-from lyra_emergence.footprint import Footprint, Quantization, estimate_footprint
+from lyra_emergence.footprint import Footprint, Quantization, default_context, estimate_footprint
 from lyra_emergence.placement import DeviceUse, Placement, check_fits, measure_use, place, refuse
 from lyra_emergence.units import format_bytes
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from lyra_emergence.checkpoint import CheckpointIndex
-
     from lyra_emergence.config import ModelConfig
     from lyra_emergence.machine import Machine
 
@@ -30,6 +29,8 @@ __all__ = ["DeviceUse", "Placement", "Plan", "Rung", "RungName", "make_plan"]
 JSON_FORMAT = "lyra.plan/1"
 SHORTEST_CONTEXT = 512
 """Tokens below which a context left open is not shortened: less holds no conversation."""
+
+_NO_LAYER_FITS = "no layer fits an accelerator"
 
 RungName = Literal["full", "planned", "fallback", "cpu"]
 
@@ -161,28 +162,28 @@ def make_plan(config: ModelConfig, index: CheckpointIndex, machine: Machine) -> 
         DoesNotFitError: No rung fits; the error says what is needed, what is there and what to try.
     """
     quantization: Quantization | None = "8bit" if config.load_in_8bit else "4bit" if config.load_in_4bit else None
-    notes: tuple[str, ...] = ()
-    last: DoesNotFitError | None = None
+    failure: DoesNotFitError | None = None
+    longer = 0
     for context in _contexts(config, index):
         footprint = estimate_footprint(index, context_length=context, dtype=config.dtype, quantization=quantization)
-        if last is not None:
-            notes = (f"the context is shortened to {context} tokens: more does not fit",)
+        shortened = f"the context is shortened to {context} tokens: {longer} do not fit"
         try:
-            return _plan(config, index, machine, footprint, notes)
+            return _plan(config, index, machine, footprint, (shortened,) if longer else ())
         except DoesNotFitError as error:
-            last = last or error
-    assert last is not None
-    raise last
+            failure = error
+        longer = footprint.context_length
+    assert failure is not None
+    raise failure
 
 
-def _contexts(config: ModelConfig, index: CheckpointIndex) -> Iterator[int | None]:
-    yield config.context_length
+def _contexts(config: ModelConfig, index: CheckpointIndex) -> Iterator[int]:
     if config.context_length is not None:
+        yield config.context_length
         return
-    context = estimate_footprint(index).context_length // 2
-    while context >= SHORTEST_CONTEXT:
+    context = default_context(index)
+    yield context
+    while (context := context // 2) >= SHORTEST_CONTEXT:
         yield context
-        context //= 2
 
 
 def _plan(
@@ -192,16 +193,28 @@ def _plan(
     rungs = tuple(_ladder(config, footprint, request))
     start = next((i for i, rung in enumerate(rungs) if rung.fits), None)
     if start is None:
+        placements = rungs[-1].placements or _forced(footprint, request)
         budgets = (*request.accelerators, request.cpu)
-        raise refuse(measure_use(rungs[-1].placements, footprint, budgets), _remedy(config, footprint, request))
-    passed = _passed_over(rungs[:start])
-    notes = (*machine.notes, *request.notes, *footprint.notes, *notes, *passed)
+        raise refuse(measure_use(placements, footprint, budgets), _remedy(config, footprint, request))
+    said = (*_passed_over(rungs[:start], request), *_clamped(config, footprint.context_length))
+    notes = (*machine.notes, *request.notes, *footprint.notes, *notes, *said)
     return Plan(index.directory.name, footprint, request, rungs, start, notes)
 
 
-def _passed_over(rungs: tuple[Rung, ...]) -> tuple[str, ...]:
+def _passed_over(rungs: tuple[Rung, ...], request: Request) -> tuple[str, ...]:
     # That a model is larger than the GPU is what the plan is for; that a wish was not followed has to be said.
-    return tuple(f"the device map does not fit: {rung.reason}" for rung in rungs if rung.name == "planned")
+    if request.pinned or request.whole_on is not None:
+        return tuple(f"the device map does not fit: {rung.reason}" for rung in rungs[:1])
+    wanted = any(budget.limit for budget in request.accelerators)
+    return tuple(f"{rung.reason}: all run on the CPU" for rung in rungs if rung.name == "planned" and wanted)
+
+
+def _clamped(config: ModelConfig, context: int) -> tuple[str, ...]:
+    wanted = (config.pipeline_kwargs or {}).get("max_new_tokens")
+    if wanted is None or wanted < context:
+        return ()
+    room = f"max_new_tokens {wanted} is more than the context of {context} tokens has room for"
+    return (f"{room}: answers are clamped to what the prompt leaves",)
 
 
 def _ladder(config: ModelConfig, footprint: Footprint, request: Request) -> Iterator[Rung]:
@@ -210,7 +223,7 @@ def _ladder(config: ModelConfig, footprint: Footprint, request: Request) -> Iter
         if request.pinned and config.enable_progressive_fallback:
             yield _cpu_rung(footprint, request)
         return
-    top = _top_rungs(footprint, request)
+    top = _top_rungs(config, footprint, request)
     yield from top
     if not config.enable_progressive_fallback:
         return
@@ -218,20 +231,35 @@ def _ladder(config: ModelConfig, footprint: Footprint, request: Request) -> Iter
     yield _cpu_rung(footprint, request)
 
 
-def _top_rungs(footprint: Footprint, request: Request) -> tuple[Rung, ...]:
+def _top_rungs(config: ModelConfig, footprint: Footprint, request: Request) -> tuple[Rung, ...]:
     placements = place(footprint, request)
     if request.pinned:
         return (_checked("planned", placements, footprint, request, "the custom device map"),)
-    if all(p.device not in ("cpu", "disk") for p in placements):
+    if all(_is_fast(p) for p in placements):
         return (_checked("full", placements, footprint, request, "the whole model fits"),)
-    short = _whole_model_shortfall(footprint, request)
-    full = Rung("full", (), fits=False, reason=short)
+    full = Rung("full", (), fits=False, reason=_whole_model_shortfall(footprint, request))
     if request.whole_on is not None:
         return (full,)
-    planned = _checked("planned", placements, footprint, request, "as many layers as the budgets allow")
-    if not any(p.kind == "layer" and p.device not in ("cpu", "disk") for p in placements):
-        planned = Rung("planned", placements, fits=False, reason="no layer fits an accelerator")
-    return (full, planned)
+    if _fast_layers(placements):
+        return (full, _checked("planned", placements, footprint, request, "as many layers as the budgets allow"))
+    if not config.enable_progressive_fallback:
+        # The CPU is then no fallback, but the best that an automatic map can do.
+        return (full, _checked("cpu", placements, footprint, request, _NO_LAYER_FITS))
+    return (full, Rung("planned", placements, fits=False, reason=_NO_LAYER_FITS))
+
+
+def _is_fast(placement: Placement) -> bool:
+    return placement.device not in ("cpu", "disk")
+
+
+def _fast_layers(placements: tuple[Placement, ...]) -> int:
+    return sum(p.kind == "layer" and _is_fast(p) for p in placements)
+
+
+def _forced(footprint: Footprint, request: Request) -> tuple[Placement, ...]:
+    device = request.whole_on or request.cpu.device
+    reason = "the device map says so"
+    return tuple(Placement(b.name, b.kind, device, b.weights, b.kv_cache, reason) for b in footprint.blocks)
 
 
 def _whole_model_shortfall(footprint: Footprint, request: Request) -> str:
@@ -239,23 +267,35 @@ def _whole_model_shortfall(footprint: Footprint, request: Request) -> str:
     needed = footprint.weights + footprint.kv_cache + busy + sum(b.reserved for b in request.accelerators)
     limit = sum(b.limit for b in request.accelerators)
     names = " and ".join(b.device for b in request.accelerators)
-    return f"needs {format_bytes(needed)} of {names}, which has {format_bytes(limit)}"
+    has = "which have" if request.accelerators[1:] else "which has"
+    if needed <= limit:
+        return f"its blocks cannot be divided so that {names} hold them all"
+    return f"needs {format_bytes(needed)} of {names}, {has} {format_bytes(limit)}"
 
 
 def _fallback_rung(wanted: int | None, above: Rung, footprint: Footprint, request: Request) -> Iterator[Rung]:
-    planned = sum(p.kind == "layer" and p.device not in ("cpu", "disk") for p in above.placements)
-    if wanted == 0:
+    planned = _fast_layers(above.placements)
+    if wanted == 0 or (above.fits and planned == 0):
         return
-    if wanted is None:
-        if planned:
-            reason = "as many layers as memory allows when it runs out"
-            yield Rung("fallback", (), fits=False, reason=reason, adaptive=True)
-        return
-    if above.fits and wanted >= planned:
+    if not above.fits:
+        yield from _lower_rung(wanted, footprint, request)
+    elif wanted is None:
+        reason = "as many layers as memory allows when it runs out"
+        yield Rung("fallback", (), fits=False, reason=reason, adaptive=True)
+    elif wanted >= planned:
         yield Rung("fallback", (), fits=False, reason=f"{wanted} layers are not fewer than the {planned} planned")
-        return
-    placements = place(footprint, request, layer_limit=wanted)
-    yield _checked("fallback", placements, footprint, request, f"gpu_layers_fallback is {wanted}")
+    else:
+        yield from _lower_rung(wanted, footprint, request)
+
+
+def _lower_rung(wanted: int | None, footprint: Footprint, request: Request) -> Iterator[Rung]:
+    layers = sum(block.kind == "layer" for block in footprint.blocks)
+    placements = place(footprint, request, layer_limit=layers if wanted is None else wanted)
+    if _fast_layers(placements):
+        reason = "as many layers as the budgets allow" if wanted is None else f"gpu_layers_fallback is {wanted}"
+        yield _checked("fallback", placements, footprint, request, reason)
+    elif wanted is not None:
+        yield Rung("fallback", (), fits=False, reason=_NO_LAYER_FITS)
 
 
 def _cpu_rung(footprint: Footprint, request: Request) -> Rung:

@@ -20,7 +20,7 @@ _UNITS = {
 }
 _AMOUNT = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)\s*(?P<unit>[A-Za-z]*)")
 _PERCENT = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)\s*%")
-_BITS = re.compile(r"[kKmMgGtT]i?b")
+_BITS = re.compile(r"(?:[kKmMgGtT][iI]?)?b")
 _BARE_PREFIX = re.compile(r"[kKmMgGtT]i?")
 _STEP = 1000
 
@@ -78,10 +78,11 @@ def format_bytes(count: int) -> str:
     scaled = float(amount)
     for unit in ("kB", "MB", "GB"):
         scaled /= _STEP
-        if scaled < _STEP:
+        if scaled < _STEP - 0.5:  # what rounds to 1000 belongs to the next unit
             return f"{sign}{_three_digits(scaled)} {unit}"
     return f"{sign}{_three_digits(scaled / _STEP)} TB"
 
 
 def _three_digits(number: float) -> str:
-    return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else f"{number:.0f}"  # noqa: PLR2004
+    decimals = next((digits for limit, digits in ((9.995, 2), (99.95, 1)) if number < limit), 0)
+    return f"{number:.{decimals}f}"
