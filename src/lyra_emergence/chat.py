@@ -35,7 +35,7 @@ _PASSAGE_LIMITS = (400, 250, 150)
 """Characters that passages are cut to, one after the other, where the context is short."""
 _LEAST_ANSWER = 32
 """Tokens of an answer that are kept free even for the longest question."""
-_CITATION = re.compile(r"\[(\d{1,3}(?:\s*[,;]\s*\d{1,3})*)\]")
+_CITATION = re.compile(r"\s*\[(\d{1,3}(?:\s*[,;]\s*\d{1,3})*)\]")
 _REFERRING = frozenset(
     ["he", "her", "hers", "him", "his", "it", "its", "she", "that", "their", "them", "these", "they", "this"]
 )
@@ -205,9 +205,9 @@ class ChatSession:
 
     def _request(self, question: str) -> _Request:
         sources, notes = self._search(question)
-        earlier = tuple(
-            Exchange(turn.question, _CITATION.sub("", turn.answer.text)) for turn in self._turns if turn.answer.text
-        )
+        # Without their citations: the numbers meant other passages.
+        said = ((turn.question, _CITATION.sub("", turn.answer.text).strip()) for turn in self._turns)
+        earlier = tuple(Exchange(asked, answer) for asked, answer in said if answer)
         return _Fitting(self._writer, question, self._loaded.context_length).fit(
             sources, earlier, notes, self._options.max_new_tokens
         )
@@ -298,9 +298,10 @@ class _Fitting:
             sources: What the search found, best first.
             earlier: The turns before, oldest first.
             notes: What to say beside what is left out here.
-            answer: Tokens that the answer may have. Half of the context at most is kept free for them.
+            answer: Tokens that the answer may have. A quarter of the context at most is kept free for them; what the
+                prompt leaves beside that is theirs too.
         """
-        budget = self._context - min(answer, self._context // 2)
+        budget = self._context - min(answer, self._context // 4)
         kept, prompt = self._most_turns(sources, earlier, budget)
         if prompt is None:
             sources, prompt, said = self._fewer_passages(sources, budget)

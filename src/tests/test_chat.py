@@ -143,7 +143,7 @@ def test_earlier_turns_go_along_without_their_citations() -> None:
     ask(chat, "When did the heron come?")
     ask(chat, "Are you certain?")
     assert script.prompts[1] == (
-        "<|user|>When did the heron come?<|end|><|assistant|>Noon .<|end|><|user|>Are you certain?<|end|><|assistant|>"
+        "<|user|>When did the heron come?<|end|><|assistant|>Noon.<|end|><|user|>Are you certain?<|end|><|assistant|>"
     )
 
 
