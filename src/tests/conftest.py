@@ -62,7 +62,8 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def _simulated_devices(request: pytest.FixtureRequest) -> simulated_accelerator.SimulatedAccelerator:
+def simulated_devices(request: pytest.FixtureRequest) -> simulated_accelerator.SimulatedAccelerator:
+    """The registered backend, switched off: what a test that asks for no device sees."""
     cache = request.config.cache
     try:
         return simulated_accelerator.load(cache.mkdir("simulated_accelerator") if cache else None)
@@ -72,18 +73,19 @@ def _simulated_devices(request: pytest.FixtureRequest) -> simulated_accelerator.
 
 @pytest.fixture
 def sim(
-    request: pytest.FixtureRequest, _simulated_devices: simulated_accelerator.SimulatedAccelerator
+    request: pytest.FixtureRequest, simulated_devices: simulated_accelerator.SimulatedAccelerator
 ) -> Iterator[simulated_accelerator.SimulatedAccelerator]:
     """The simulated accelerator, on for this test alone, which must leave no byte on it.
 
     A failed test is not checked: its traceback holds its tensors.
     """
-    with _simulated_devices.lent() as accelerator:
-        before = accelerator.used_everywhere()
+    with simulated_devices.lent() as accelerator:
+        before = accelerator.settled()
         yield accelerator
-        after = accelerator.used_everywhere()
+        after = accelerator.settled(before)
         if request.node.stash.get(_OUTCOME, False):
-            assert after == before, f"bytes in use on the devices before the test: {before}, after it: {after}"
+            grown = [now - then for then, now in zip(before, after, strict=True)]
+            assert max(grown) <= 0, f"the test left bytes on the devices: {grown}"
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,16 @@
 """Tiny real checkpoints of the model families that Lyra is tested on: weights, config and tokenizer, made in code.
 
 Every checkpoint has 4 layers of width 64, a context of 256 tokens and a byte-level tokenizer of its own, and is saved
-as transformers saves it. The weights are random but not small: at the usual scale of an initialization the layers
-hardly change what the embeddings say, and a layer that is run wrongly would go unnoticed.
+as transformers saves it. Random weights would choose their tokens by near ties, and one rounding would change a whole
+answer; so each model learns STORY by heart in a few steps (a quarter of a second). From PROMPT on it recites the story
+and ends it with <eos>, and MARGIN is the least distance from its best logit to the next, in float32 and in bfloat16.
+The recital needs every layer: with any one left out, the tokens are others. On a prompt that is not from the story the
+margins are those of a model that has learned nothing: mostly large, sometimes a hundredth.
 """
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +23,14 @@ if TYPE_CHECKING:
 
 CONTEXT = 256
 LAYERS = 4
-PROMPT = "The river was high this morning, and I walked along it"
+STORY = (
+    "The river was high this morning, and I walked along it until the rain came. Three herons stood at the bend. The "
+    "river was low in spring, and nobody walked along it then. In the evening my sister called, and we talked about "
+    "the garden until the rain stopped."
+)
+PROMPT = "The river was high"
+# In standard deviations of the logits; measured: 0.70 (qwen3) to 3.7. Rounding to bfloat16 moves it by about 0.1.
+MARGIN = 0.5
 
 _SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -52,12 +63,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
 }
 
+_TIED = {"gpt2", "gemma2", "gemma3_text"}
+# The tokenizer learns its merges from this and STORY.
 _TEXT = """
-The river was high this morning and I walked along it until the rain came. There were three herons at the bend, and
-one of them stood in the water as if it had been put there. I thought about the letter that I have not answered.
-What did I write about the river in spring? In spring I wrote that it was low and brown, and that nobody walked there.
-Today the work went well: the table is nearly done, and the drawers close without a sound. I slept badly, though, and
-dreamed of the old house again. My sister called in the evening; we talked about the garden and about what to plant.
+I thought about the letter that I have not answered. What did I write about the river in spring? Today the work went
+well: the table is nearly done, and the drawers close without a sound. I slept badly, though, and dreamed of the old
+house again. What should we plant in the garden? Nobody walks there in the rain.
 """
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -65,11 +76,13 @@ _CHAT_TEMPLATE = (
 )
 
 
-def build_checkpoint(family: str, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+def build_checkpoint(
+    family: str, directory: Path, dtype: torch.dtype = torch.float32, *, max_shard_size: str = "50GB"
+) -> Path:
     """Writes a tiny checkpoint of `family` (a key of FAMILIES) to `directory` and returns it.
 
-    The same family always gives the same weights, whatever the state of torch's random numbers; another dtype gives
-    those weights rounded.
+    On one machine the same family always gives the same weights, whatever the state of torch's random numbers;
+    another dtype gives those weights rounded. `max_shard_size`, such as "100KB", splits them over several files.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -81,33 +94,63 @@ def build_checkpoint(family: str, directory: Path, dtype: torch.dtype = torch.fl
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **{"tie_word_embeddings": False} | _tied_by_nature(model_type) | settings,
+        **{"tie_word_embeddings": model_type in _TIED, **settings},
     )
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        _fill(model, seed=sum(family.encode()))
-    model.to(dtype).save_pretrained(directory)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    _initialize(model, seed=sum(family.encode()))
+    _learn(model, torch.tensor([[*tokenizer(STORY).input_ids, tokenizer.eos_token_id]]))
+    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(directory)
     return directory
 
 
-def _tied_by_nature(model_type: str) -> dict[str, bool]:
-    return {"tie_word_embeddings": True} if model_type in {"gpt2", "gemma2", "gemma3_text"} else {}
-
-
 @torch.no_grad()
-def _fill(model: torch.nn.Module, seed: int) -> None:
-    """Weights that keep the scale of what passes through them; norms near one, biases near zero."""
+def _initialize(model: torch.nn.Module, seed: int) -> None:
+    """Weights that keep the scale of what passes through them: the layers matter from the first step on."""
     generator = torch.Generator().manual_seed(seed)
+    embedding = model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() < 2:
-            # Gemma's norms and all biases start at zero, every other norm at one: keep that, and vary it.
+            # Some norms and all biases start at zero, other norms at one: keep that, and vary it.
             parameter.add_(noise, alpha=0.1)
-        elif "embed" in name or "wte" in name or "wpe" in name or "head" in name or "embed_out" in name:
-            parameter.copy_(noise)
+        elif parameter is embedding:
+            parameter.copy_(noise * _embedding_scale(model.config))
+        elif name.endswith("wpe.weight"):
+            parameter.copy_(noise * 0.3)
         else:
             parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+        _raise(name, parameter, 2.0 if model.config.model_type == "gemma3_text" else 0.4)
+
+
+def _raise(name: str, parameter: torch.Tensor, gain: float) -> None:
+    """Lets the later layers speak louder: each adds to a sum that has grown, and would else be drowned by it."""
+    layer = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
+    if layer and parameter.dim() > 1:
+        parameter.mul_(1 + gain * int(layer[1]))
+    elif layer and "post_feedforward" in name:
+        # Gemma normalizes what a layer adds, so that only the norm's weight has a say.
+        parameter.add_(2 * gain * int(layer[1]))
+
+
+def _embedding_scale(config: Any) -> float:
+    if config.model_type.startswith("gemma"):
+        return config.hidden_size**-0.5  # Gemma multiplies by the square root of the width
+    # A tied head scores every token by its likeness to the last one: smaller, or a model repeats itself.
+    return 0.3 if config.tie_word_embeddings else 1.0
+
+
+def _learn(model: torch.nn.Module, ids: torch.Tensor, steps: int = 28) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98))
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * min(1, (step + 1) / 5) * (1 - 0.9 * step / steps)
+        logits = model(ids[:, :-1], use_cache=False).logits  # (1, tokens, vocab)
+        loss = torch.nn.functional.cross_entropy(logits[0].float(), ids[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 @cache
@@ -125,7 +168,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([_TEXT], trainer)
+    tokenizer.train_from_iterator([_TEXT, STORY], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
     )

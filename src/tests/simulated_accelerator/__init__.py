@@ -10,7 +10,7 @@ memory filled with not-a-number; generators, streams, events and pinned memory; 
 
 What it does not cover: work runs at once in the calling thread, so a missing synchronization never shows; what a
 kernel needs for itself is CPU memory and not counted; no fragmentation, no caching allocator, no graphs, no
-`torch.compile`, no sparse or quantized tensors; gradients only through operators whose CPU kernels have them.
+`torch.compile`, no sparse or quantized tensors; no gradients through attention and RMS norm, which run fused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .build import BuildError, CompilerMissingError, build
+from .compilation import BuildError, CompilerMissingError, compile_library
 from .handle import DEFAULT_CAP, SimulatedAccelerator
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _register(directory: Path | None, devices: int) -> SimulatedAccelerator:
 
     from . import device_module
 
-    library = _open(build(directory or _cache_directory()))
+    library = _open(compile_library(directory or _cache_directory()))
     if not 1 <= devices <= library.sim_max_devices():
         raise ValueError(f"there can be 1 to {library.sim_max_devices()} simulated devices, not {devices}")
     library.sim_set_devices(devices)

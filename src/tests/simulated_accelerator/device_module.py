@@ -90,11 +90,12 @@ class Stream(torch.Stream):
         return super().__new__(cls, torch.device("sim", _index(device)), priority=priority)
 
 
-class Event(torch.Event):
-    """An event of a simulated device: it has happened as soon as it is recorded."""
+def Event(device: Any = None, *, enable_timing: bool = False) -> torch.Event:  # noqa: N802 (torch.cuda.Event)
+    """An event of a simulated device: it has happened as soon as it is recorded.
 
-    def __new__(cls, device: Any = None, *, enable_timing: bool = False) -> Self:
-        return super().__new__(cls, torch.device("sim", _index(device)), enable_timing=enable_timing)
+    Not a class: `Stream.wait_event` takes torch's own class and no other.
+    """
+    return torch.Event(torch.device("sim", _index(device)), enable_timing=enable_timing)
 
 
 def is_available() -> bool:

@@ -100,9 +100,11 @@ class SimulatedAccelerator:
             torch.accelerator.set_device_index(0)
             self._library.sim_set_enabled(0)
 
-    def used_everywhere(self) -> tuple[int, ...]:
-        """Bytes in use on each device once the garbage is collected."""
-        gc.collect()
+    def settled(self, expected: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """Bytes in use on each device; garbage is collected first where that is more than `expected` (or zero)."""
+        expected = expected or (0,) * self.devices
+        if any(self.used(device) > nbytes for device, nbytes in enumerate(expected)):
+            gc.collect()
         return tuple(self.used(device) for device in range(self.devices))
 
     def _read(self, device: int, field: _Field) -> int:

@@ -176,9 +176,6 @@ class Call {
   // An out= operator may have resized what it was given: the device's tensor follows.
   void take_back(const Borrowed& borrowed) {
     const auto& [original, view] = borrowed;
-    if (view.data_ptr() == nullptr && view.numel() == 0 && view.sizes() == original.sizes()) {
-      return;
-    }
     const bool moved = view.storage().data() != to_host_address(original.storage().data());
     if (!moved && view.sizes() == original.sizes() && view.strides() == original.strides()) {
       return;
@@ -248,8 +245,12 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
 }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
-  // One fused kernel, as on CUDA: decomposed, it would keep the whole score matrix in device memory.
+  // One fused kernel each, as on CUDA: decomposed, attention would keep its whole score matrix in device memory, and
+  // both would round otherwise than on the CPU.
+  library.impl("rms_norm", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
   library.impl("scaled_dot_product_attention", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+  // Torch's own version of this one says that it is missing.
+  library.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
 }
 
 }  // namespace sim

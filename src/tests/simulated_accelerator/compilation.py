@@ -40,7 +40,7 @@ def find_compiler() -> str:
     raise CompilerMissingError(message)
 
 
-def build(directory: Path) -> Path:
+def compile_library(directory: Path) -> Path:
     """Returns the library in `directory`, compiled first where it is not there yet.
 
     Two processes may ask at once: one compiles and the other waits for it.
