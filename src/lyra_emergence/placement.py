@@ -168,12 +168,11 @@ class _Filler:
         return filled
 
     def fill_rest(self) -> None:
-        """Give what is left to norm, head and embeddings, once every layer is on an accelerator."""
-        if not self._layers_are_fast():
+        """Give what is left to norm, head and embeddings, once no layer is left to place."""
+        last = self._last_fast_layer()
+        if last is None:
             return
-        layers = self._of_kind("layer")
-        last = [self._placed[layers[-1].name][0]] if layers else []
-        order = [*last, *(device for device in self._left if device not in last)]
+        order = [last, *(device for device in self._left if device != last)]
         for block in (*self._of_kind("norm"), *self._of_kind("head")):
             self._try(block, order, "fits, beside the last layer")
         for block in (*self._of_kind("embedding"), *self._of_kind("other")):
@@ -184,7 +183,7 @@ class _Filler:
         for block in self._footprint.blocks:
             if block.tied_to in self._placed and block.name not in self._placed:
                 self._take(block, self._placed[block.tied_to or ""][0], f"shares the weights of {block.tied_to}")
-        fast = self._layers_are_fast()
+        fast = self._last_fast_layer() is not None
         for block in self._footprint.blocks:
             if block.name not in self._placed:
                 self._take(block, CPU, self._why_cpu(block, fast=fast, layer_limit=layer_limit))
@@ -201,8 +200,11 @@ class _Filler:
             return "one row is read per token, so layers go first"
         return "no accelerator has room left"
 
-    def _layers_are_fast(self) -> bool:
-        return all(self._placed.get(block.name, (CPU, ""))[0] in self._left for block in self._of_kind("layer"))
+    def _last_fast_layer(self) -> str | None:
+        """Return the accelerator of the last layer on one; None where there is none, or a layer awaits its place."""
+        devices = [self._placed.get(block.name, ("", ""))[0] for block in self._of_kind("layer")]
+        fast = [device for device in devices if device in self._left]
+        return fast[-1] if fast and all(devices) else None
 
     def _placement(self, block: BlockFootprint) -> Placement:
         device, reason = self._placed[block.name]

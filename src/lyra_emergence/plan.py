@@ -196,17 +196,18 @@ def _plan(
         placements = rungs[-1].placements or _forced(footprint, request)
         budgets = (*request.accelerators, request.cpu)
         raise refuse(measure_use(placements, footprint, budgets), _remedy(config, footprint, request))
-    said = (*_passed_over(rungs[:start], request), *_clamped(config, footprint.context_length))
+    said = (*_not_followed(rungs[: start + 1], request), *_clamped(config, footprint.context_length))
     notes = (*machine.notes, *request.notes, *footprint.notes, *notes, *said)
     return Plan(index.directory.name, footprint, request, rungs, start, notes)
 
 
-def _passed_over(rungs: tuple[Rung, ...], request: Request) -> tuple[str, ...]:
+def _not_followed(rungs: tuple[Rung, ...], request: Request) -> tuple[str, ...]:
     # That a model is larger than the GPU is what the plan is for; that a wish was not followed has to be said.
     if request.pinned or request.whole_on is not None:
-        return tuple(f"the device map does not fit: {rung.reason}" for rung in rungs[:1])
+        return () if rungs[0].fits else (f"the device map does not fit: {rungs[0].reason}",)
     wanted = any(budget.limit for budget in request.accelerators)
-    return tuple(f"{rung.reason}: all run on the CPU" for rung in rungs if rung.name == "planned" and wanted)
+    alone = any(rung.reason == _NO_LAYER_FITS for rung in rungs)
+    return (f"{_NO_LAYER_FITS}: all run on the CPU",) if wanted and alone else ()
 
 
 def _clamped(config: ModelConfig, context: int) -> tuple[str, ...]:
@@ -315,7 +316,7 @@ def _remedy(config: ModelConfig, footprint: Footprint, request: Request) -> str:
     tries = []
     if footprint.context_length > SHORTEST_CONTEXT:
         tries.append(f"a shorter context (--context {max(SHORTEST_CONTEXT, footprint.context_length // 4)})")
-    if footprint.quantization is None:
+    if footprint.quantization != "4bit":
         tries.append('"load_in_4bit": true')
     if not all(block.mapped for block in footprint.blocks) and footprint.quantization is None:
         tries.append("the checkpoint's own dtype, which can stay on disk")
