@@ -10,7 +10,16 @@ from lyra_emergence.json_files import shown
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["TIED_BY_DEFAULT", "context_length", "language_config", "stated_layers", "ties_embeddings", "whole_number"]
+__all__ = [
+    "TIED_BY_DEFAULT",
+    "context_length",
+    "language_config",
+    "prediction_layers",
+    "stated_layers",
+    "ties_embeddings",
+    "usual_head",
+    "whole_number",
+]
 
 # Where multimodal configurations keep the part of the language model.
 _LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
@@ -32,6 +41,9 @@ _CONTEXT_LENGTHS = (
 )
 # Layers for predicting several tokens at once, numbered behind the model's own; transformers leaves them unloaded.
 _PREDICTION_LAYERS = "num_nextn_predict_layers"
+
+# Decoders of transformers 5.23 that call a tied head, of which nothing may be stored, anything else than `lm_head`.
+_HEADS = {"biogpt": "output_projection", "trocr": "output_projection", "gpt_neox_japanese": "embed_out"}
 
 TIED_BY_DEFAULT = frozenset(
     """
@@ -58,6 +70,11 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(part, dict):
             return {**{name: value for name, value in config.items() if name != key}, **part}
     return config
+
+
+def usual_head(config: Mapping[str, Any]) -> str:
+    """Return what transformers calls the head of this model type, for a head of which nothing is stored."""
+    return _HEADS.get(str(language_config(config).get("model_type")), "lm_head")
 
 
 def whole_number(config: Mapping[str, Any], key: str) -> int | None:

@@ -9,8 +9,9 @@ A head is tied, and its weight counted once, where config.json says so or its mo
 head is stored and config.json does not object. A copy that is stored although tied is taken for equal by its dtype and
 shape: values are not read. (Where the copies differ, transformers warns and does not tie.)
 
-Not covered: encoder-decoder models (one of their stacks is taken for the layers), and names that transformers changes
-while it loads (GPT-NeoX stores `embed_out` for the module `lm_head`): `match_modules` finds the module.
+Not covered: models that run several stacks, such as an encoder and a decoder (one is taken for the layers), and the
+composite heads of BERT's kin. Names are the checkpoint's: transformers renames some while it loads (GPT-NeoX stores
+`embed_out` for the module `lm_head`, official GPT-2 `h.0` for `transformer.h.0`), and whoever loads finds the module.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from lyra_emergence.architecture import prediction_layers, stated_layers, ties_embeddings
+from lyra_emergence.architecture import prediction_layers, stated_layers, ties_embeddings, usual_head
 from lyra_emergence.errors import CheckpointError
 from lyra_emergence.roles import Roles, Surroundings, find_roles
 
@@ -28,11 +29,10 @@ if TYPE_CHECKING:
 
     from lyra_emergence.safetensors_header import TensorInfo
 
-__all__ = ["Block", "BlockKind", "find_blocks", "match_modules"]
+__all__ = ["Block", "BlockKind", "find_blocks"]
 
 BlockKind = Literal["embedding", "layer", "norm", "head", "other"]
 
-_USUAL_HEAD = "lm_head"  # the module's name in transformers 5 for every causal language model that ties it
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
@@ -94,40 +94,10 @@ def find_blocks(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], wh
     embeddings = [_block(name, "embedding", modules[name]) for name in roles.embeddings]
     norms = [_block(name, "norm", modules[name]) for name in roles.norms]
     tied = ties_embeddings(config)
-    head = _head(roles, modules, tied, where)
+    head = _head(roles, modules, tied, usual_head(config), where)
     if not embeddings:
         embeddings = [_shared_embedding(prefix, head, tied, where)]
     return (*embeddings, *others, *layers, *norms, head)
-
-
-def match_modules(blocks: Sequence[Block], modules: Iterable[str]) -> dict[str, str]:
-    """Return for each block the name of the model's module that it is, where there is one.
-
-    Checkpoints may leave out the model's outer name (official GPT-2 stores `h.0` for `transformer.h.0`) or use another
-    one (GPT-NeoX stores `embed_out` for `lm_head`).
-
-    Args:
-        blocks: The blocks of a checkpoint.
-        modules: Names of the modules of the model that was built for it, as `named_modules()` gives them.
-    """
-    names = set(modules)
-    outer = _outer_name(blocks, names)
-    found: dict[str, str] = {}
-    for block in blocks:
-        candidates = (block.name, f"{outer}{block.name}", _USUAL_HEAD if block.kind == "head" else "")
-        match = next((name for name in candidates if name and name in names), None)
-        if match is not None:
-            found[block.name] = match
-    return found
-
-
-def _outer_name(blocks: Sequence[Block], names: set[str]) -> str:
-    """Return what the model puts before the checkpoint's names, such as "transformer.", or ""."""
-    first = next((block.name for block in blocks if block.kind == "layer"), "")
-    if first in names:
-        return ""
-    longer = [name for name in names if name.endswith(f".{first}")]
-    return longer[0].removesuffix(first) if len(longer) == 1 else ""
 
 
 def _split(tensors: Iterable[TensorInfo]) -> tuple[dict[str, _Stack], _Modules]:
@@ -206,12 +176,13 @@ def _block(
     return Block(name, kind, index, tuple(tensor.name for tensor in tensors), nbytes, tied_to)
 
 
-def _head(roles: Roles, modules: _Modules, tied: bool | None, where: str) -> Block:
-    name = roles.head
-    stored = modules[name] if name is not None else []
+def _head(roles: Roles, modules: _Modules, tied: bool | None, usual: str, where: str) -> Block:
+    """Return the head's block; `usual` is its name where nothing of it is stored."""
+    stored = modules[roles.head] if roles.head is not None else []
     table = modules[roles.embeddings[0]] if roles.embeddings else []
     weights = [tensor for tensor in stored if not tensor.name.endswith(".bias")]
-    if name is not None and weights and not (tied and _are_copies(weights, table)):
+    name = roles.head or usual
+    if weights and not (tied and _are_copies(weights, table)):
         return _block(name, "head", stored)
     if not weights and tied is False:
         raise CheckpointError(
@@ -224,7 +195,7 @@ def _head(roles: Roles, modules: _Modules, tied: bool | None, where: str) -> Blo
             hint="config.json and the weights must come from the same checkpoint",
         )
     bias = [tensor for tensor in stored if tensor not in weights]
-    return _block(name or _USUAL_HEAD, "head", bias, tied_to=roles.embeddings[0])
+    return _block(name, "head", bias, tied_to=roles.embeddings[0])
 
 
 def _are_copies(weights: Sequence[TensorInfo], table: Sequence[TensorInfo]) -> bool:

@@ -100,8 +100,9 @@ def find_roles(modules: Mapping[str, Sequence[TensorInfo]], known: Surroundings)
 def _head(own: Mapping[str, Sequence[TensorInfo]], tables: Sequence[str], known: Surroundings) -> str | None:
     outside = [name for name in tables if known.is_beside_layers(name)]
     named = [name for name in outside if _named(_HEAD_NAME, name)]
-    # A quantization packs the head's rows, and a tied head may store its bias alone: the shape says nothing then.
-    certain = [name for name in own if known.is_beside_layers(name) and _last(name) in _CERTAIN_HEADS]
+    # A quantization packs the head's rows, and a tied head may store its bias alone.
+    beside = [name for name in own if known.is_beside_layers(name)]
+    certain = [name for name in beside if _last(name) in _CERTAIN_HEADS or _is_head_bias(own[name], known)]
     if named or certain:
         return (named or certain)[0]
     unfamiliar = [name for name in reversed(outside) if not _named(_EMBEDDING_NAME, name)]
@@ -113,6 +114,12 @@ def _is_table(name: str, tensors: Sequence[TensorInfo], known: Surroundings) -> 
     if known.vocabulary is None:
         return _has_matrix(tensors) and (_last(name) in _CERTAIN_HEADS or _is_word_table(name))
     return any(len(tensor.shape) == _MATRIX and tensor.shape[0] == known.vocabulary for tensor in tensors)
+
+
+def _is_head_bias(tensors: Sequence[TensorInfo], known: Surroundings) -> bool:
+    return known.vocabulary != known.hidden and [
+        (tensor.name.rpartition(".")[2], tensor.shape) for tensor in tensors
+    ] == [("bias", (known.vocabulary,))]
 
 
 def _is_word_table(name: str) -> bool:
