@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from . import simulated_accelerator
-from .families import build_checkpoint
-
+# Neither torch nor transformers is imported here: the tests of what runs without them must not pay for them.
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
     from pathlib import Path
+
+    from .simulated_accelerator import SimulatedAccelerator
 
 _OUTCOME = pytest.StashKey[bool]()
 # Set by a developer or a CI machine: a test must not see them.
@@ -56,14 +57,15 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    import torch
-
-    torch.manual_seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")
-def simulated_devices(request: pytest.FixtureRequest) -> simulated_accelerator.SimulatedAccelerator:
+def simulated_devices(request: pytest.FixtureRequest) -> SimulatedAccelerator:
     """The registered backend, switched off: what a test that asks for no device sees."""
+    from . import simulated_accelerator
+
     cache = request.config.cache
     try:
         return simulated_accelerator.load(cache.mkdir("simulated_accelerator") if cache else None)
@@ -72,9 +74,7 @@ def simulated_devices(request: pytest.FixtureRequest) -> simulated_accelerator.S
 
 
 @pytest.fixture
-def sim(
-    request: pytest.FixtureRequest, simulated_devices: simulated_accelerator.SimulatedAccelerator
-) -> Iterator[simulated_accelerator.SimulatedAccelerator]:
+def sim(request: pytest.FixtureRequest, simulated_devices: SimulatedAccelerator) -> Iterator[SimulatedAccelerator]:
     """The simulated accelerator, on for this test alone, which must leave no byte on it.
 
     A failed test is not checked: its traceback holds its tensors.
@@ -91,6 +91,8 @@ def sim(
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`checkpoints("llama")` is the folder of a tiny checkpoint of that family, built on first use."""
+    from .families import build_checkpoint
+
     root = tmp_path_factory.mktemp("checkpoints")
     built: dict[str, Path] = {}
 

@@ -442,8 +442,11 @@ class TestModels:
     ) -> None:
         model = AutoModelForCausalLM.from_pretrained(checkpoints(family)).eval()
         tensors = {tensor.untyped_storage().data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers()]}
+        ids = torch.tensor([make_tokenizer()(STORY).input_ids])
+        expected = model(ids).logits
         model.to("sim:1")
         assert sim.used(1) == sum(tensor.nbytes for tensor in tensors.values())
+        assert torch.equal(model(ids.to("sim:1")).logits.cpu(), expected)
         assert recite(model, "sim:1") == STORY
 
     @pytest.mark.parametrize("family", FAMILIES)

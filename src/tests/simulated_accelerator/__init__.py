@@ -10,7 +10,7 @@ memory filled with not-a-number; generators, streams, events and pinned memory; 
 
 What it does not cover: work runs at once in the calling thread, so a missing synchronization never shows; what a
 kernel needs for itself is CPU memory and not counted; no fragmentation, no caching allocator, no graphs, no
-`torch.compile`, no sparse or quantized tensors; no gradients through attention and RMS norm, which run fused.
+`torch.compile`, no sparse or quantized tensors; no gradients through attention, which runs fused.
 """
 
 from __future__ import annotations

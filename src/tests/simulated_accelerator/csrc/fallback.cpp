@@ -247,7 +247,7 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   // One fused kernel each, as on CUDA: decomposed, attention would keep its whole score matrix in device memory, and
   // both would round otherwise than on the CPU.
-  library.impl("rms_norm", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+  library.impl("native_layer_norm", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
   library.impl("scaled_dot_product_attention", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
   // Torch's own version of this one says that it is missing.
   library.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
