@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
     from .simulated_accelerator import SimulatedAccelerator
 
+# The models here are tiny: a second thread only waits for the first, and on a busy machine it waits forty times as long
+# as the work takes. Set before torch is imported; programs that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 _OUTCOME = pytest.StashKey[bool]()
 # Set by a developer or a CI machine: a test must not see them.
 _FOREIGN_VARIABLES = (
