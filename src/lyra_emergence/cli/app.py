@@ -35,7 +35,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         return _exit_code(_invoke(arguments))
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("\n")
+        sys.stderr.write("\n")  # the terminal shows ^C where the cursor was
         return INTERRUPTED
     except BrokenPipeError:
         _forget_stdout()
@@ -138,6 +138,13 @@ class _Program(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the command's name first, wherever among the options it stood."""
         return super().parse_args(ctx, self._routed(args))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; typer would turn Ctrl-C into an exit of its own."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Abort from None
 
     def _routed(self, args: list[str]) -> list[str]:
         valued = self._options_with_value()

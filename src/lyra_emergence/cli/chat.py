@@ -6,7 +6,6 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lyra_emergence.cli.answers import print_answer, source_lines
@@ -17,6 +16,7 @@ from lyra_emergence.errors import ConfigError, LyraError, is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from prompt_toolkit.input import Input
     from prompt_toolkit.output import Output
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lyra_emergence.cli.options import Options
     from lyra_emergence.cli.prepare import Prepared
 
-__all__ = ["SLASH_COMMANDS", "Chat", "SlashCommand", "history_path", "run_chat"]
+__all__ = ["SLASH_COMMANDS", "Chat", "EmptyInterrupt", "SlashCommand", "history_path", "line_reader", "run_chat"]
 
 PROMPT: Final = "> "
 _APPLICATION: Final = "lyra-emergence"
@@ -44,7 +44,7 @@ def run_chat(options: Options, console: Console) -> int:
     with loaded_model(prepared, console) as loaded:
         chat = Chat(start_session(prepared, loaded), prepared, console)
         chat.welcome()
-        return chat.run(_line_reader(console))
+        return chat.run(line_reader(console))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,7 @@ class Chat:
             if not is_out_of_memory(error):
                 raise
             self.console.error(f"memory ran out: {error}", "ask something shorter, or restart with a smaller --context")
+        self.console.say()
         return None
 
     def _command(self, line: str) -> int | None:
@@ -200,15 +201,17 @@ def history_path() -> Path:
     return path
 
 
-def _line_reader(console: Console, *, input_: Input | None = None, output: Output | None = None) -> Callable[[], str]:
-    """Return a function that reads a line with editing and history."""
+def line_reader(console: Console, *, keys: Input | None = None, screen: Output | None = None) -> Callable[[], str]:
+    """Return a function that reads a line, with editing and history where the terminal can."""
+    if console.dumb:
+        return _plain_reader(console)
     from prompt_toolkit import PromptSession
     from prompt_toolkit.output import create_output
 
     # The prompt must not end up in a redirected answer.
     stream = console.stdout if console.answers_to_terminal else console.stderr
     prompt: PromptSession[str] = PromptSession(
-        history=_history(console), input=input_, output=output or create_output(stream)
+        history=_history(console), input=keys, output=screen or create_output(stream)
     )
 
     def read() -> str:
@@ -218,6 +221,22 @@ def _line_reader(console: Console, *, input_: Input | None = None, output: Outpu
             if prompt.default_buffer.text:
                 raise
             raise EmptyInterrupt from None
+
+    return read
+
+
+def _plain_reader(console: Console) -> Callable[[], str]:
+    def read() -> str:
+        console.stderr.write(PROMPT)
+        console.stderr.flush()
+        try:
+            line = console.stdin.readline()
+        except KeyboardInterrupt:
+            console.say()
+            raise EmptyInterrupt from None
+        if not line:
+            raise EOFError
+        return line
 
     return read
 

@@ -38,7 +38,7 @@ _SEQUENCE = re.compile(
     r"""
     (?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]                                  # CSI: colors, cursor, modes
     | (?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)   # OSC, DCS, SOS, PM, APC
-    | \x1b[ -/]*[0-~]                                                 # two bytes and charset selections
+    | \x1b(?:[ -/]+[0-~]|[0-OQ-WYZ\\`-~])                             # two bytes, and charset selections
     """,
     re.VERBOSE,
 )
@@ -59,7 +59,7 @@ class ControlStripper:
 
     def feed(self, text: str) -> str:
         """Return what of `text`, and of what was held back, may be printed now."""
-        text = _SEQUENCE.sub("", self._held + text)
+        text = _without_sequences(self._held + text)
         self._held = ""
         unfinished = _UNFINISHED.search(text)
         if unfinished is not None and len(unfinished[0]) < _MAX_SEQUENCE:
@@ -70,6 +70,13 @@ class ControlStripper:
         """Return what was held back and turned out to be no sequence."""
         held, self._held = self._held, ""
         return _CONTROL.sub("", held)
+
+
+def _without_sequences(text: str) -> str:
+    # Again until nothing changes: what stood inside a sequence may have kept it from being one.
+    while (shorter := _SEQUENCE.sub("", text)) != text:
+        text = shorter
+    return text
 
 
 def strip_controls(text: str, *, one_line: bool = False) -> str:
@@ -162,7 +169,7 @@ class Console:
     @property
     def shows_progress(self) -> bool:
         """Whether stderr is a terminal that can redraw a line."""
-        return _is_terminal(self.stderr) and not self._dumb
+        return _is_terminal(self.stderr) and not self.dumb
 
     @property
     def width(self) -> int:
@@ -172,12 +179,13 @@ class Console:
         return max(_MIN_WIDTH, shutil.get_terminal_size((_DEFAULT_WIDTH, 24)).columns)
 
     @property
-    def _dumb(self) -> bool:
+    def dumb(self) -> bool:
+        """Whether the terminal understands no control sequences."""
         return self._environ.get("TERM", "") in {"dumb", "unknown"}
 
     def colored(self, stream: TextIO) -> bool:
         """Return whether `stream` is a terminal whose user did not turn colors off."""
-        return _is_terminal(stream) and not self._dumb and not self._environ.get("NO_COLOR")
+        return _is_terminal(stream) and not self.dumb and not self._environ.get("NO_COLOR")
 
     def style(self, text: str, *styles: Style, stream: TextIO | None = None) -> str:
         """Return `text` in `styles` for `stream` (stderr where None), unchanged where colors are off."""

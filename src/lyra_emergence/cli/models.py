@@ -99,7 +99,7 @@ def choose_model(
     try:
         remote = hub_.look_up(config.model_id)
     except ModelUnavailableError as error:
-        return _stand_in(resolved, f"{_missing(resolved)} and cannot be downloaded ({error}): {_USING}")
+        return _stand_in(resolved, f"{error}; {_USING}")
     if choose(remote) == "download":
         return ModelChoice(config, fetch(remote))
     return _stand_in(resolved, _USING)

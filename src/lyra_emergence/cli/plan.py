@@ -112,7 +112,7 @@ def _header(plan: Plan, name: str, console: Console) -> Iterator[str]:
         yield f"{title}{dot}{facts}"
     else:
         yield title
-        yield _INDENT + facts
+        yield from _hanging(_INDENT, len(_INDENT), facts, console.width)
 
 
 def _device(use: DeviceUse, plan: Plan, console: Console) -> Iterator[str]:
@@ -170,7 +170,8 @@ def _strip(plan: Plan, console: Console) -> Iterator[str]:
     for use in plan.devices:
         held = _held(plan, use.device)
         if held:
-            yield f"{_INDENT}{_symbol(use.device)} {use.device}: {held}"
+            lead = f"{_INDENT}{_symbol(use.device)} {use.device}: "
+            yield from _hanging(lead, len(lead), held, console.width)
 
 
 def _cell(placement: Placement, plan: Plan, console: Console) -> str:
@@ -204,7 +205,7 @@ def _layer_range(first: int, last: int) -> str:
 
 
 def _ladder(plan: Plan, console: Console) -> Iterator[str]:
-    yield "ladder (loading starts at >, and steps down when memory runs out)"
+    yield "ladder (> is where loading starts)"
     widest = max(len(rung.name) for rung in plan.rungs)
     for number, rung in enumerate(plan.rungs):
         mark = ">" if number == plan.start else "x" if number < plan.start else " "

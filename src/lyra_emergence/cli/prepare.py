@@ -20,15 +20,22 @@ if TYPE_CHECKING:
 
     from lyra_emergence.chat import ChatSession
     from lyra_emergence.cli.console import Console
-    from lyra_emergence.cli.models import Answer, Chooser, ModelChoice
+    from lyra_emergence.cli.models import Answer, ModelChoice
     from lyra_emergence.cli.options import Options
-    from lyra_emergence.config import ModelConfig, ResolvedConfig
     from lyra_emergence.hub import RemoteModel
     from lyra_emergence.journal import JournalIndex
     from lyra_emergence.loading import LoadedModel
     from lyra_emergence.plan import Plan
 
-__all__ = ["SAMPLE_JOURNAL", "Prepared", "find_journal", "loaded_model", "prepare", "start_session"]
+__all__ = [
+    "SAMPLE_JOURNAL",
+    "Prepared",
+    "choose_on_terminal",
+    "find_journal",
+    "loaded_model",
+    "prepare",
+    "start_session",
+]
 
 SAMPLE_JOURNAL: Final = Path("data", "journal", "sample.json")
 
@@ -71,23 +78,18 @@ def prepare(options: Options, console: Console) -> Prepared:
     for note in resolved.notes:
         console.note(note)
     journal = _open_journal(options, console)
-    chooser = _chooser(resolved, console) if console.interactive else None
-    choice = choose_model(resolved, fetch=lambda remote: fetch(remote, console), choose=chooser)
+    choice = choose_model(
+        resolved,
+        fetch=lambda remote: fetch(remote, console),
+        choose=(lambda remote: choose_on_terminal(remote, resolved.path, console)) if console.interactive else None,
+    )
     for note in choice.notes:
         console.note(note)
     with working(console, "reading the plan"):
         plan = make_plan_for(choice)
-    for note in (*plan.notes, *_clamped(choice.config, plan)):
+    for note in plan.notes:
         console.warning(note)
     return Prepared(choice, plan, journal)
-
-
-def _clamped(config: ModelConfig, plan: Plan) -> tuple[str, ...]:
-    wanted = (config.pipeline_kwargs or {}).get("max_new_tokens", 0)
-    if wanted <= plan.context_length:
-        return ()
-    context = plan.context_length
-    return (f"max_new_tokens is {wanted}, but the context has {context} tokens: answers end where the context does",)
 
 
 def _open_journal(options: Options, console: Console) -> JournalIndex | None:
@@ -137,20 +139,24 @@ def loaded_model(prepared: Prepared, console: Console) -> Iterator[LoadedModel]:
         loaded.close()
 
 
-def _chooser(resolved: ResolvedConfig, console: Console) -> Chooser:
-    def choose(remote: RemoteModel, /) -> Answer:
-        where = f" ({resolved.path} names it)" if resolved.path else ""
-        console.say(f"{remote.model_id}{where} is not on this machine.")
-        console.say(f"  d  download it now: {describe_download(remote)}")
-        console.say("  b  use the small bundled model this time")
-        while True:
-            console.stderr.write("Which? [b] ")
-            console.stderr.flush()
-            reply = console.stdin.readline().strip().lower()
-            if reply in {"", "b", "bundled"}:
-                return "bundled"
-            if reply in {"d", "download"}:
-                return "download"
-            console.say("Answer d or b.")
+def choose_on_terminal(remote: RemoteModel, asked_by: Path | None, console: Console) -> Answer:
+    """Ask the person at the terminal what to do about a model that is not here; no answer takes the bundled one.
 
-    return choose
+    Args:
+        remote: What a download would fetch.
+        asked_by: The configuration file that names the model, or None.
+        console: Where to ask.
+    """
+    where = f" ({asked_by} names it)" if asked_by else ""
+    console.say(f"{remote.model_id}{where} is not on this machine.")
+    console.say(f"  d  download it now: {describe_download(remote)}")
+    console.say("  b  use the small bundled model this time")
+    while True:
+        console.stderr.write("Which? [b] ")
+        console.stderr.flush()
+        reply = console.stdin.readline().strip().lower()
+        if reply in {"", "b", "bundled"}:
+            return "bundled"
+        if reply in {"d", "download"}:
+            return "download"
+        console.say("Answer d or b.")

@@ -53,7 +53,7 @@ class LoadProgress:
     def __enter__(self) -> Self:
         self._started = time.monotonic()
         if self._console.shows_progress:
-            self._bar, self._task = _start_bar(self._console, "loading")
+            self._bar, self._task = _start_bar(self._console, "opening the model")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,7 +65,8 @@ class LoadProgress:
         """Show one event."""
         self._console.debug(f"{time.monotonic() - self._started:6.2f} s  {event.kind}: {event.message}")
         if self._bar is not None and event.total:
-            self._bar.update(self._task, completed=event.done, total=event.total)
+            self._bar.update(self._task, description="loading", completed=event.done, total=event.total)
+            self._bar.update(self._task, amount=f"{format_bytes(event.done)} of {format_bytes(event.total)}")
         if event.kind == "rung-failed":
             self._failure = event.message
         elif self._failure:
@@ -103,19 +104,21 @@ def _per_file(bar: Any, task: Any, total: int) -> Any:
     def show(name: str, file_done: int, _file_total: int) -> None:
         done[name] = file_done
         label = strip_controls(name, one_line=True)
-        bar.update(task, completed=sum(done.values()), total=total, description=label)
+        so_far = sum(done.values())
+        amount = f"{format_bytes(so_far)} of {format_bytes(total)}"
+        bar.update(task, completed=so_far, total=total, description=label, amount=amount)
 
     return show
 
 
 def _start_bar(console: Console, label: str) -> tuple[Any, Any]:
     from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
-        DownloadColumn(),
+        TextColumn("{task.fields[amount]}", markup=False),
         TimeElapsedColumn(),
         console=RichConsole(file=console.stderr, no_color=not console.colored(console.stderr)),
         transient=True,
@@ -124,4 +127,4 @@ def _start_bar(console: Console, label: str) -> tuple[Any, Any]:
         redirect_stderr=True,
     )
     bar.start()
-    return bar, bar.add_task(label, total=None)
+    return bar, bar.add_task(label, total=None, amount="")

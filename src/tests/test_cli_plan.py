@@ -1,0 +1,201 @@
+"""`lyra.py plan`: what it shows, and what it costs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lyra_emergence.checkpoint import read_checkpoint
+from lyra_emergence.cli import main
+from lyra_emergence.cli.console import Console
+from lyra_emergence.cli.plan import explain_block, render_plan, summary
+from lyra_emergence.config import ModelConfig
+from lyra_emergence.errors import ConfigError
+from lyra_emergence.machine import Device, Machine
+from lyra_emergence.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).parents[2]
+CPU = Device("cpu", "cpu", None, 8_000_000_000, 8_000_000_000, 0, "CPU")
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def console(stdout: io.StringIO | None = None, **environ: str) -> Console:
+    return Console(stdout=stdout or io.StringIO(), stderr=io.StringIO(), environ=environ)
+
+
+def gpu(number: int, free: int) -> Device:
+    return Device(f"cuda:{number}", "cuda", number, free, free, 0, "GPU")
+
+
+@pytest.fixture
+def make(checkpoints: Callable[[str], Path]) -> Callable[..., Plan]:
+    """Plan the tiny Llama (4 layers, 789 kB) for GPUs with the given bytes."""
+
+    def plan(*gpu_bytes: int) -> Plan:
+        machine = Machine(tuple(gpu(number, free) for number, free in enumerate(gpu_bytes)), CPU)
+        config = ModelConfig(model_id="tiny", gpu_layers_fallback=1)
+        return make_plan(config, read_checkpoint(checkpoints("llama")), machine)
+
+    return plan
+
+
+def test_the_plan_shows_bars_the_strip_and_the_ladder(make: Callable[..., Plan]) -> None:
+    assert "\n".join(render_plan(make(1_900_000), "tiny", console())) == (
+        "tiny · float32 · 789 kB of weights · context 256 tokens\n"
+        "\n"
+        "cuda:0  [████████████▓▓▓▓▓▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒·] 1.85 MB of 1.90 MB\n"
+        "         █ weights 444 kB  ▓ KV cache 197 kB  ▒ activations 1.21 MB\n"
+        "cpu     [█▓▒················································] 1.63 MB of 8.00 GB\n"
+        "         █ weights 345 kB  ▓ KV cache 65.5 kB  ▒ activations 1.22 MB\n"
+        "\n"
+        "layers 0 000c\n"
+        "  0 cuda:0: layers 0-2\n"
+        "  c cpu: embedding, layer 3, norm, head\n"
+        "\n"
+        "ladder (> is where loading starts)\n"
+        "  x full      needs 2.27 MB of cuda:0, which has 1.90 MB\n"
+        "  > planned   as many layers as the budgets allow\n"
+        "    fallback  gpu_layers_fallback is 1\n"
+        "    cpu       no accelerator memory needed"
+    )
+
+
+def test_two_gpus_are_told_apart_without_color(make: Callable[..., Plan]) -> None:
+    lines = list(render_plan(make(2_000_000, 2_000_000), "tiny", console()))
+    assert "layers 0 0001" in lines
+    assert "  0 cuda:0: embedding, layers 0-2" in lines
+    assert "  1 cuda:1: layer 3, norm, head" in lines
+
+
+@pytest.mark.parametrize("width", [40, 60, 200])
+def test_no_line_is_wider_than_the_terminal(
+    make: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = list(render_plan(make(1_900_000), "tiny", console(Terminal(), NO_COLOR="1")))
+    assert max(map(len, lines)) <= width
+
+
+def test_an_encoding_without_blocks_gets_ascii(make: Callable[..., Plan]) -> None:
+    ascii_only = Terminal()
+    ascii_only.encoding = "ascii"
+    text = "\n".join(render_plan(make(1_900_000), "tiny", console(ascii_only, NO_COLOR="1")))
+    assert text.isascii()
+    assert "[############=====~" in text
+
+
+def test_colors_reach_a_terminal_only_and_change_nothing_else(
+    make: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    plain = "\n".join(render_plan(make(1_900_000), "tiny", console()))
+    colored = "\n".join(render_plan(make(1_900_000), "tiny", console(Terminal())))
+    assert "\x1b[32m0\x1b[0m" in colored
+    assert "\x1b[34mc\x1b[0m" in colored
+    assert "\x1b" not in plain
+    assert re.sub(r"\x1b\[[0-9;]*m", "", colored) == plain
+
+
+def test_the_summary_is_one_line(make: Callable[..., Plan]) -> None:
+    assert summary(make(1_900_000), "tiny") == ("tiny: 789 kB of weights, 3 layers on cuda:0, 1 on cpu, context 256")
+    assert summary(make(10**9), "tiny") == "tiny: 789 kB of weights, on cuda:0, context 256"
+
+
+def test_explain_says_where_why_and_how_much(make: Callable[..., Plan]) -> None:
+    assert explain_block(make(1_900_000), "model.layers.3") == (
+        "model.layers.3 is on cpu: no accelerator has room left (148 kB of weights and 65.5 kB of KV cache)"
+    )
+
+
+def test_explain_suggests_the_nearest_block(make: Callable[..., Plan]) -> None:
+    with pytest.raises(ConfigError, match=r"^the plan has no block 'model\.layer\.3'$") as caught:
+        explain_block(make(), "model.layer.3")
+    assert caught.value.hint == "did you mean model.layers.3?"
+
+
+def test_json_goes_to_stdout_and_warnings_to_stderr(
+    checkpoints: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model_config.json").write_text('{"max_memory": {"7": "6GB"}}')
+    assert main(["plan", str(checkpoints("llama")), "--json", "--context", "64"]) == 0
+    out, err = capsys.readouterr()
+    plan = json.loads(out)
+    assert (plan["format"], plan["context_length"], plan["rung"]) == ("lyra.plan/1", 64, "cpu")
+    assert err.startswith("warning: this machine lacks devices that the configuration names, ignored: 'max_memory.7'")
+
+
+def test_the_model_may_be_named_by_option_too(
+    checkpoints: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--model", str(checkpoints("llama")), "plan", "--explain", "lm_head"]) == 0
+    assert capsys.readouterr().out.startswith("lm_head is on cpu: ")
+
+
+def test_a_model_that_does_not_fit_is_exit_3_with_a_remedy(
+    checkpoints: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", str(checkpoints("llama")), "--max-memory", "cpu=1kB"]) == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert "\nhint: try " in err
+
+
+def test_a_model_that_is_nowhere_is_exit_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "no/such-model"]) == 1
+    assert capsys.readouterr().err == (
+        "error: no/such-model is not on this machine\n"
+        "hint: download it with: lyra.py --model no/such-model   (or give a checkpoint's folder)\n"
+    )
+
+
+def test_planning_imports_neither_torch_nor_transformers_and_takes_half_a_second_at_most(
+    checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    code = (
+        "import sys, time\n"
+        "from lyra_emergence.cli import main\n"
+        "code = main(sys.argv[1:])\n"
+        "heavy = sorted({'torch', 'transformers', 'sentence_transformers', 'prompt_toolkit'} & set(sys.modules))\n"
+        "print('loaded:', heavy, 'seconds:', time.process_time(), file=sys.stderr)\n"
+        "sys.exit(code)\n"
+    )
+    command = [sys.executable, "-c", code, "plan", str(checkpoints("llama"))]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=True)
+    loaded, _, seconds = done.stderr.splitlines()[-1].partition(" seconds: ")
+    assert loaded == "loaded: []"
+    assert float(seconds) < 0.5
