@@ -7,11 +7,12 @@ on to the next rung, and every other error surfaces unchanged.
 
 from __future__ import annotations
 
+import functools
 import logging
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from lyra_emergence.config import ModelConfig, load_config
-from lyra_emergence.errors import ConfigError
+from lyra_emergence.config import load_config, resolve_config
+from lyra_emergence.errors import ModelUnavailableError
 from lyra_emergence.load_report import LoadEvent
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
     from langchain_huggingface import HuggingFaceEmbeddings, HuggingFacePipeline
 
+    from lyra_emergence.config import ModelConfig
     from lyra_emergence.langchain import LyraPipeline
+    from lyra_emergence.pipeline_arguments import PipelineArguments
 
 __all__ = [
     "log_events",
@@ -33,8 +36,12 @@ __all__ = [
 
 T = TypeVar("T")
 
+_LANGCHAIN_EMBEDDINGS = "sentence-transformers/all-mpnet-base-v2"
+"""What `HuggingFaceEmbeddings` loads when nothing is named."""
+
 _LEVELS = {
     "demote": logging.INFO,
+    "download": logging.INFO,
     "note": logging.WARNING,
     "ready": logging.INFO,
     "rung-failed": logging.WARNING,
@@ -70,14 +77,18 @@ def safe_load_pipeline(
         config_path: The configuration file; by default the first one in the documented places, if any.
         on_event: Called with every step of loading; logs it by default.
         **kwargs: What `HuggingFacePipeline.from_model_id` takes: `device`, `device_map`, `model_kwargs`,
-            `pipeline_kwargs`, `batch_size`. They stand above the configuration.
+            `pipeline_kwargs`, `batch_size`, and LangChain's own (`callbacks`, ...). They stand above the configuration.
 
     Raises:
-        ConfigError: The file, or an argument, is wrong.
+        ConfigError: The file, or an argument, is wrong; another task than "text-generation" is.
         ModelUnavailableError: The model is neither on disk nor to be had from the hub.
         DoesNotFitError: It fits nowhere.
     """
-    return _load_pipeline(load_config(config_path), model_id, task, on_event, kwargs)
+    from lyra_emergence.pipeline_arguments import read_arguments
+
+    asked = read_arguments({**kwargs, "model_id": model_id, "task": task})
+    config = resolve_config(config_path, overrides=asked.overrides, overrides_origin="call").config
+    return _load_pipeline(config, asked, on_event)
 
 
 def safe_load_model_with_config(
@@ -94,22 +105,26 @@ def safe_load_model_with_config(
         config: The configuration; by default the one that `load_config()` finds.
         *args: For the loader; the model id first, where it takes one.
         on_event: Called with every step; logs it by default.
-        **kwargs: For the loader; they stand above the configuration.
+        **kwargs: For the loader; they stand above the configuration. A loader is given only what it takes.
 
     Returns:
         What the loader returns; for `HuggingFacePipeline.from_model_id` a `LyraPipeline`, which is one.
 
     Raises:
+        ConfigError: An argument cannot be honored.
         DoesNotFitError: Memory ran out and no fallback is left or allowed.
+        BaseException: Whatever else the loader raises, unchanged.
     """
     from lyra_emergence.loader_ladder import call_with_fallback
 
     config = config if config is not None else load_config()
-    if _is_pipeline_loader(model_loader):
-        model_id, task, rest = _pipeline_arguments(args, kwargs, config)
-        made: Any = _load_pipeline(config, model_id, task, on_event, rest)
-        return made  # type: ignore[no-any-return]
-    return call_with_fallback(model_loader, config, args, kwargs, on_event)
+    loader, args, kwargs = _unwrapped(model_loader, args, kwargs)
+    if not _is_pipeline_loader(loader):
+        return call_with_fallback(loader, config, args, kwargs, on_event)
+    from lyra_emergence.pipeline_arguments import lay_over, named, read_arguments
+
+    asked = read_arguments(named(args, kwargs))
+    return cast("T", _load_pipeline(lay_over(config, asked.overrides), asked, on_event))
 
 
 def safe_load_model(
@@ -151,87 +166,91 @@ def safe_load_pipeline_legacy(
 def safe_load_embeddings(*, on_event: Callable[[LoadEvent], None] = _log, **kwargs: Any) -> HuggingFaceEmbeddings:
     """Load LangChain's embeddings, and on the CPU if memory runs out.
 
+    all-MiniLM-L6-v2 is taken from the extra `offline` where the Hugging Face cache lacks it. Without a `model_name` it
+    stands in for LangChain's default model, unless that one is in the cache.
+
     Args:
         on_event: Called when memory runs out; logs it by default.
         **kwargs: For `HuggingFaceEmbeddings`: `model_name`, `model_kwargs`, `encode_kwargs`, ...
     """
     from langchain_huggingface import HuggingFaceEmbeddings
 
+    name = "model" if "model" in kwargs else "model_name"
+    found = _embedding_folder(kwargs.get(name), on_event)
+    if found is not None:
+        kwargs[name] = found
     return safe_load_model(HuggingFaceEmbeddings, on_event=on_event, **kwargs)
 
 
+def _embedding_folder(wanted: str | None, tell: Callable[[LoadEvent], None]) -> str | None:
+    """Return the folder of the embedding model that was asked for, or None where LangChain has to find it."""
+    from lyra_emergence.hub import find_local
+    from lyra_emergence.journal.embeddings import MODEL_ID, find_embedding_files
+
+    if wanted is None and (usual := find_local(_LANGCHAIN_EMBEDDINGS)) is not None:
+        return str(usual)
+    if wanted not in (None, MODEL_ID, MODEL_ID.rpartition("/")[2]):
+        return None
+    files, reason = find_embedding_files()
+    if files is None:
+        return None
+    tell(LoadEvent("note" if wanted is None else "map", f"embeddings: {files.name}, {reason}"))
+    return str(files.directory)
+
+
+def _unwrapped(
+    loader: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """Return the loader within `functools.partial`, with the arguments that were bound to it."""
+    inner: Any = loader
+    while isinstance(inner, functools.partial):
+        inner, args, kwargs = inner.func, (*inner.args, *args), {**inner.keywords, **kwargs}
+    return inner, args, kwargs
+
+
 def _is_pipeline_loader(loader: Callable[..., Any]) -> bool:
+    if getattr(loader, "__name__", "") != "from_model_id":
+        return False
     from langchain_huggingface import HuggingFacePipeline
 
-    return bool(loader == HuggingFacePipeline.from_model_id)
+    from lyra_emergence.langchain import LyraPipeline
 
-
-def _pipeline_arguments(
-    args: tuple[Any, ...], kwargs: dict[str, Any], config: ModelConfig
-) -> tuple[str, str, dict[str, Any]]:
-    """Return (model id, task, the rest) from the arguments of `HuggingFacePipeline.from_model_id`."""
-    names = ("model_id", "task", "backend", "device", "device_map", "model_kwargs", "pipeline_kwargs", "batch_size")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    return given.pop("model_id", config.model_id), given.pop("task", config.task), given
+    return bool(loader in (HuggingFacePipeline.from_model_id, LyraPipeline.from_model_id))
 
 
 def _load_pipeline(
-    config: ModelConfig,
-    model_id: str,
-    task: str,
-    on_event: Callable[[LoadEvent], None],
-    kwargs: dict[str, Any],
+    config: ModelConfig, asked: PipelineArguments, on_event: Callable[[LoadEvent], None]
 ) -> LyraPipeline:
-    from lyra_emergence.hub import locate
-
     from lyra_emergence.langchain import LyraPipeline
     from lyra_emergence.loading import load
 
-    batch_size = kwargs.pop("batch_size", 4)
-    chosen = _with_arguments(config, model_id, task, kwargs)
-    loaded = load(chosen, directory=_locate(model_id), on_event=on_event)
+    directory = _locate(config.model_id, asked, on_event)
+    loaded = load(config, directory=directory, on_event=on_event)
     for note in loaded.plan.notes:
         on_event(LoadEvent("note", note))
-    return LyraPipeline.from_loaded(loaded, model_id=model_id, batch_size=batch_size)
+    return LyraPipeline.from_loaded(
+        loaded, model_id=str(directory.absolute()), batch_size=asked.batch_size, **asked.fields
+    )
 
 
-def _locate(model_id: str) -> Path:
+def _locate(model_id: str, asked: PipelineArguments, tell: Callable[[LoadEvent], None]) -> Path:
     """Return the folder of a model that was named, fetching it if it is not on disk."""
     from lyra_emergence.hub import download, find_local, look_up
+    from lyra_emergence.units import format_bytes
 
-    return find_local(model_id) or download(look_up(model_id))
-
-
-def _with_arguments(config: ModelConfig, model_id: str, task: str, kwargs: dict[str, Any]) -> ModelConfig:
-    """Lay the arguments of `HuggingFacePipeline.from_model_id` over a configuration."""
-    model_kwargs = dict(kwargs.pop("model_kwargs", None) or {})
-    overrides: dict[str, Any] = {"model_id": model_id, "task": task}
-    if "torch_dtype" in model_kwargs:
-        model_kwargs["dtype"] = model_kwargs.pop("torch_dtype")
-    if model_kwargs.get("dtype") is not None:
-        model_kwargs["dtype"] = str(model_kwargs["dtype"]).removeprefix("torch.")
-    known = set(ModelConfig.model_fields)
-    unknown = sorted(name for name in model_kwargs if name not in known)
-    unknown += sorted(set(kwargs) - {"device", "device_map", "pipeline_kwargs", "backend"})
-    if unknown:
-        raise ConfigError(
-            "arguments that Lyra's loader does not take:",
-            problems=tuple(f"'{name}'" for name in unknown),
-            hint="use safe_load_pipeline_legacy for LangChain's own loader",
+    directory = find_local(model_id, revision=asked.revision)
+    if directory is not None:
+        return directory
+    if asked.local_files_only:
+        raise ModelUnavailableError(
+            f"{model_id} is not on this machine, and 'local_files_only' forbids the download",
+            hint="give a checkpoint's folder, or leave 'local_files_only' out",
         )
-    overrides |= model_kwargs
-    device_map = _device_argument(kwargs)
-    if device_map is not None:
-        overrides["device_map"] = device_map
-    overrides["pipeline_kwargs"] = (config.pipeline_kwargs or {}) | (kwargs.get("pipeline_kwargs") or {}) or None
-    return ModelConfig(**(config.model_dump() | overrides))
+    remote = look_up(model_id, revision=asked.revision)
+    tell(LoadEvent("download", f"downloading {model_id}, {format_bytes(remote.nbytes)}", 0, remote.nbytes))
 
+    def report(file: str, done: int, total: int) -> None:
+        if done >= total:
+            tell(LoadEvent("download", f"{file} is here", done, total))
 
-def _device_argument(kwargs: dict[str, Any]) -> Any:
-    """Return the device map that `device` (LangChain: -1 is the CPU) or `device_map` asks for, or None."""
-    device = kwargs.get("device")
-    if device is None:
-        return kwargs.get("device_map")
-    if isinstance(device, int):
-        return "cpu" if device < 0 else {"": device}
-    return str(device)
+    return download(remote, progress=report)

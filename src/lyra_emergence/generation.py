@@ -115,10 +115,12 @@ class Chunk:
 def encode_prompt(loaded: LoadedModel, prompt: str | Sequence[int]) -> list[int]:
     """Return the prompt's token ids.
 
+    A text that already begins with the beginning-of-sequence token, as a chat template writes it, gets no second one.
+
     Raises:
         GenerationError: The prompt is empty, or leaves no room for an answer in the context.
     """
-    ids = list(loaded.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else [int(token) for token in prompt]
+    ids = _tokenize(loaded.tokenizer, prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
     if not ids:
         start = getattr(loaded.tokenizer, "bos_token_id", None)
         if start is None:
@@ -130,6 +132,13 @@ def encode_prompt(loaded: LoadedModel, prompt: str | Sequence[int]) -> list[int]
             hint="shorten the prompt, or give a longer context (--context, 'context_length') if the model allows it",
         )
     return ids
+
+
+def _tokenize(tokenizer: Any, text: str) -> list[int]:
+    start: str | None = getattr(tokenizer, "bos_token", None)
+    begun = bool(start) and text.startswith(start or "")
+    # verbose=False: a text beyond the context is refused by `encode_prompt`; transformers would only log a warning.
+    return list(tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"])
 
 
 def stream_generate(

@@ -1,22 +1,27 @@
 """The LangChain model that Lyra returns: a `HuggingFacePipeline` that generates through `stream_generate`.
 
 It differs from its base class on purpose: `stop` holds in `invoke` and in `stream`, for texts of any length; an error
-reaches the caller at once; closing a stream ends the work; and `invoke` returns the answer alone, as `stream` does,
-unless "return_full_text" asks for the prompt in front of it.
+reaches the caller at once; closing a stream ends the work; a setting that would be ignored is an error; and `invoke`
+returns the answer alone, as `stream` does, unless "return_full_text" asks for the prompt in front of it.
+
+`ChatHuggingFace` around it generates and streams; its asynchronous methods are not made for any pipeline.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_huggingface import HuggingFacePipeline
 from pydantic import PrivateAttr
 
+from lyra_emergence.config_generation import check_pipeline_kwargs
+from lyra_emergence.config_problems import Problems
+from lyra_emergence.errors import GenerationError
 from lyra_emergence.generation import Chunk, GenerationOptions, stream_generate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from langchain_core.callbacks import CallbackManagerForLLMRun
 
@@ -25,6 +30,9 @@ if TYPE_CHECKING:
     from lyra_emergence.plan import Plan
 
 __all__ = ["LyraPipeline"]
+
+_NOT_SETTINGS: Final = frozenset({"pipeline_kwargs", "skip_prompt", "stream"})
+"""Keywords of a call that are not generation settings: LangChain's own."""
 
 
 class LyraPipeline(HuggingFacePipeline):  # type: ignore[misc]  # the base class has no types
@@ -38,30 +46,65 @@ class LyraPipeline(HuggingFacePipeline):  # type: ignore[misc]  # the base class
 
     @classmethod
     def from_loaded(
-        cls, loaded: LoadedModel, *, model_id: str, pipeline_kwargs: dict[str, Any] | None = None, batch_size: int = 4
+        cls,
+        loaded: LoadedModel,
+        *,
+        model_id: str,
+        pipeline_kwargs: dict[str, Any] | None = None,
+        batch_size: int = 4,
+        **fields: Any,
     ) -> LyraPipeline:
         """Wrap a loaded model.
 
         Args:
             loaded: What `load` returned.
-            model_id: The name that LangChain shows.
-            pipeline_kwargs: Generation options of every call; the configuration's by default.
+            model_id: Where the tokenizer can be read from: `ChatHuggingFace` reads its own by this name, and asks the
+                hub about an id even where all its files are cached, so a folder is best.
+            pipeline_kwargs: Generation options of every call, above the configuration's.
             batch_size: Kept for callers that read it; prompts run one after the other.
+            **fields: LangChain's own: `callbacks`, `tags`, `metadata`, `cache`, ...
+
+        Raises:
+            ConfigError: `pipeline_kwargs` holds something that is no generation setting.
         """
-        chosen = dict(loaded.config.pipeline_kwargs or {}) | (pipeline_kwargs or {})
+        chosen = (loaded.config.pipeline_kwargs or {}) | _checked(pipeline_kwargs or {})
         made = cls(
             pipeline=_transformers_pipeline(loaded),
             model_id=model_id,
             model_kwargs={},
             pipeline_kwargs=chosen,
             batch_size=batch_size,
+            **fields,
         )
         made._loaded = loaded
         return made
 
+    @classmethod
+    def from_model_id(cls, model_id: str, task: str = "text-generation", *args: Any, **kwargs: Any) -> LyraPipeline:
+        """Load a model as `safe_load_model_with_config(HuggingFacePipeline.from_model_id, ...)` does.
+
+        Args:
+            model_id: A hub id or the folder of a checkpoint.
+            task: "text-generation".
+            *args: The further arguments of `HuggingFacePipeline.from_model_id`.
+            **kwargs: The same by name.
+        """
+        from lyra_emergence.device_fallback import safe_load_model_with_config
+
+        return safe_load_model_with_config(cls.from_model_id, None, model_id, task, *args, **kwargs)
+
     @property
     def loaded(self) -> LoadedModel:
-        """The loaded model behind it."""
+        """The loaded model behind it.
+
+        Raises:
+            GenerationError: There is none: the object was made from a bare transformers pipeline.
+        """
+        if self._loaded is None:
+            raise GenerationError(
+                "this LyraPipeline has no loaded model",
+                hint="make it with safe_load_pipeline, or LyraPipeline.from_loaded(load(...), model_id=...)",
+            )
         loaded: LoadedModel = self._loaded
         return loaded
 
@@ -79,6 +122,15 @@ class LyraPipeline(HuggingFacePipeline):  # type: ignore[misc]  # the base class
     def _llm_type(self) -> str:
         return "lyra_pipeline"
 
+    @property
+    def _identifying_params(self) -> Mapping[str, Any]:
+        named = self._loaded.config.model_id if self._loaded is not None else self.model_id
+        return {"model_id": named, "model_kwargs": self.model_kwargs, "pipeline_kwargs": self.pipeline_kwargs}
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Return the ids of `text` in the model's own tokens; LangChain would count in GPT-2's, from the hub."""
+        return list(self.loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def _generate(
         self,
         prompts: list[str],
@@ -86,7 +138,7 @@ class LyraPipeline(HuggingFacePipeline):  # type: ignore[misc]  # the base class
         run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002 - the base class reports no tokens here
         **kwargs: Any,
     ) -> LLMResult:
-        options, full_text = self._options(stop, kwargs, full_text=False)
+        options, full_text = self._options(stop, kwargs)
         generations = []
         for prompt in prompts:
             chunks = list(stream_generate(self.loaded, prompt, options))
@@ -102,7 +154,7 @@ class LyraPipeline(HuggingFacePipeline):  # type: ignore[misc]  # the base class
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        options, full_text = self._options(stop, kwargs, full_text=False)
+        options, full_text = self._options(stop, kwargs)
         if full_text:
             yield GenerationChunk(text=prompt)
         for chunk in stream_generate(self.loaded, prompt, options):
@@ -113,16 +165,22 @@ class LyraPipeline(HuggingFacePipeline):  # type: ignore[misc]  # the base class
                 run_manager.on_llm_new_token(piece.text, chunk=piece)
             yield piece
 
-    def _options(
-        self, stop: list[str] | None, kwargs: dict[str, Any], *, full_text: bool
-    ) -> tuple[GenerationOptions, bool]:
+    def _options(self, stop: list[str] | None, kwargs: dict[str, Any]) -> tuple[GenerationOptions, bool]:
         """Return the options of one call, and whether the prompt belongs to its answer."""
-        layers = (self.pipeline_kwargs or {}) | kwargs | kwargs.get("pipeline_kwargs", {})
-        if "skip_prompt" in layers:
-            full_text = not layers["skip_prompt"]
-        full_text = bool(layers.get("return_full_text", full_text))
+        given = {name: value for name, value in kwargs.items() if name not in _NOT_SETTINGS and value is not None}
+        layers = (self.pipeline_kwargs or {}) | _checked(given | (kwargs.get("pipeline_kwargs") or {}))
+        full_text = layers.get("return_full_text")
+        if full_text is None:
+            full_text = not kwargs.get("skip_prompt", True)
         stops = _texts(layers.get("stop")) + _texts(stop)
-        return GenerationOptions.for_model(self.loaded, layers | {"stop": stops}), full_text
+        return GenerationOptions.for_model(self.loaded, layers | {"stop": stops}), bool(full_text)
+
+
+def _checked(settings: dict[str, Any]) -> dict[str, Any]:
+    problems = Problems()
+    checked = check_pipeline_kwargs(settings, "pipeline_kwargs", problems)
+    problems.raise_if_any()
+    return checked or {}
 
 
 def _texts(stop: Any) -> tuple[str, ...]:

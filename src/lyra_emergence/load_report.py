@@ -22,15 +22,15 @@ class LoadEvent:
     """One step of loading, as it happens.
 
     Attributes:
-        kind: "map" (the checkpoint is open), "promote" (a block was copied), "rung-failed" (memory ran out),
-            "rung-passed" (a rung cannot fit), "demote" (copies were dropped), "note" (a warning of the plan) or
-            "ready".
+        kind: "download" (a file comes from the hub), "map" (the checkpoint is open), "promote" (a block was copied),
+            "rung-failed" (memory ran out), "rung-passed" (a rung cannot fit), "demote" (copies were dropped), "note" (a
+            warning of the plan) or "ready".
         message: The step in a sentence, for a person.
-        done: Bytes promoted so far.
-        total: Bytes that the present rung promotes.
+        done: Bytes promoted, or of the file downloaded, so far.
+        total: Bytes that the present rung promotes, or that the file has.
     """
 
-    kind: Literal["map", "promote", "rung-failed", "rung-passed", "demote", "note", "ready"]
+    kind: Literal["download", "map", "promote", "rung-failed", "rung-passed", "demote", "note", "ready"]
     message: str
     done: int = 0
     total: int = 0

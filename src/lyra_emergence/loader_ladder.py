@@ -1,21 +1,24 @@
 """Progressive fallback around loaders that Lyra does not own: the same ladder, one call per rung.
 
 A loader is asked in the words it takes: `device_map` and the rest flat where it takes any keyword (as
-`AutoModelForCausalLM.from_pretrained` does), or inside `model_kwargs` and `pipeline_kwargs` where it has those.
+`AutoModelForCausalLM.from_pretrained` does), or inside `model_kwargs` and `pipeline_kwargs` where it has those. What
+the caller gave stands above the configuration, and is passed on as it is in the first call.
 """
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lyra_emergence.config_devices import AUTOMATIC, budget_bytes
 from lyra_emergence.errors import DoesNotFitError, LyraError, is_out_of_memory, without_frames
 from lyra_emergence.load_report import LoadEvent
+from lyra_emergence.loader_call import LoaderCall
 from lyra_emergence.machine import Machine, probe_machine
+from lyra_emergence.plan import hf_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
     from lyra_emergence.config import ModelConfig
 
@@ -23,25 +26,7 @@ __all__ = ["call_or_cpu", "call_with_fallback"]
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True)
-class _Takes:
-    """Which keywords a loader takes."""
-
-    names: frozenset[str]
-    any_name: bool
-
-    @classmethod
-    def read(cls, loader: Callable[..., Any]) -> _Takes:
-        try:
-            parameters = inspect.signature(loader).parameters
-        except (TypeError, ValueError):
-            return cls(frozenset(), any_name=False)
-        names = frozenset(n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-        return cls(names, any(p.kind is p.VAR_KEYWORD for p in parameters.values()))
-
-    def __contains__(self, name: str) -> bool:
-        return self.any_name or name in self.names
+DeviceMap = str | dict[str, int | str]
 
 
 def call_with_fallback(
@@ -53,6 +38,9 @@ def call_with_fallback(
 ) -> T:
     """Call `loader` once per rung until one fits.
 
+    The first call has the caller's own device, else the configuration's; the next has `gpu_layers_fallback` layers on
+    accelerators, if the checkpoint is on disk and its layers are therefore known; the last is for the CPU.
+
     Raises:
         DoesNotFitError: Memory ran out on the last rung, or no fallback is allowed.
         BaseException: Whatever else the loader raises, unchanged.
@@ -60,19 +48,17 @@ def call_with_fallback(
     from lyra_emergence.runtime.memory import give_back
 
     machine = probe_machine(with_torch=True)
-    takes = _Takes.read(loader)
-    failure: BaseException | None = None
-    for rung, device_map in _rungs(config, args, kwargs, machine):
-        arguments = _arguments(takes, config, kwargs, device_map, machine)
+    call = LoaderCall.read(loader, args, kwargs)
+    for rung, keywords in _rungs(call, config, machine, tell):
         try:
-            return loader(*args, **arguments)
+            return loader(*call.args, **keywords)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             failure = without_frames(error)
         give_back()
-        tell(LoadEvent("rung-failed", f"{rung}: out of memory ({str(failure).splitlines()[0]})"))
-        if not config.enable_progressive_fallback:
+        tell(LoadEvent("rung-failed", f"{rung}: out of memory ({_first_line(failure)})"))
+        if not config.enable_progressive_fallback or _is_of_main_memory(failure, machine):
             break
     raise _refusal(failure, config) from failure
 
@@ -83,7 +69,10 @@ def call_or_cpu(
     kwargs: Mapping[str, Any],
     tell: Callable[[LoadEvent], None],
 ) -> T:
-    """Call `loader`, and once more on the CPU if memory runs out."""
+    """Call `loader`, and once more on the CPU if memory runs out.
+
+    A loader that cannot be told where to load is called once more as it was, after memory was given back.
+    """
     from lyra_emergence.runtime.memory import give_back
 
     try:
@@ -91,78 +80,117 @@ def call_or_cpu(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        message = str(error).splitlines()[0]
-        without_frames(error)
+        failure = without_frames(error)
     give_back()
-    tell(LoadEvent("rung-failed", f"out of memory ({message}): trying the CPU"))
-    return loader(*args, **_on_cpu(_Takes.read(loader), kwargs))
+    tell(LoadEvent("rung-failed", f"out of memory ({_first_line(failure)}): trying the CPU"))
+    call = LoaderCall.read(loader, args, kwargs)
+    return loader(*call.args, **call.on_cpu())
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _is_of_main_memory(error: BaseException, machine: Machine) -> bool:
+    """Return whether main memory is what ran out, on a machine that has no other: the CPU rung would be the same."""
+    return not machine.accelerators and (isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error))
 
 
 def _rungs(
-    config: ModelConfig, args: tuple[Any, ...], kwargs: Mapping[str, Any], machine: Machine
-) -> Iterator[tuple[str, Any]]:
-    wish = kwargs.get("device_map", config.device_map)
-    yield "first", wish
-    if not machine.accelerators or wish == "cpu":
+    call: LoaderCall, config: ModelConfig, machine: Machine, tell: Callable[[LoadEvent], None]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each rung with the keywords of its call; the later ones are worked out when they are needed."""
+    model = _model_arguments(config)
+    pipeline = config.to_pipeline_kwargs()
+    wish = None if call.has_device else _wish(call, config, machine, tell)
+    automatic = isinstance(wish, str) and wish in AUTOMATIC
+    budgets = {"max_memory": _budgets(config, machine)} if automatic and config.max_memory else {}
+    first = call.with_settings(model | budgets, pipeline)
+    yield "first", first.on_cpu() if wish == "cpu" else first.on(wish)
+    if wish == "cpu" or call.asks_for_cpu:
         return
-    middle = _middle_rung(config, args, machine)
+    rest = call.with_settings(model, pipeline)
+    middle = _middle_rung(call, config, machine) if call.takes_map else None
     if middle is not None:
-        yield "fallback", middle
-    yield "cpu", "cpu"
+        yield "fallback", rest.on(middle)
+    yield "cpu", rest.on_cpu()
 
 
-def _middle_rung(config: ModelConfig, args: tuple[Any, ...], machine: Machine) -> dict[str, int | str] | None:
-    """Return the documented map for a model whose checkpoint is on disk; None where its layers are not known."""
-    from lyra_emergence.hub import find_local
+def _wish(
+    call: LoaderCall, config: ModelConfig, machine: Machine, tell: Callable[[LoadEvent], None]
+) -> DeviceMap | None:
+    """Return the configuration's device map as this machine can follow it; None leaves it to the loader."""
+    wish: DeviceMap | None = config.device_map
+    if not call.takes_map:
+        return wish if wish == "cpu" else None
+    if wish is None:
+        # As in Lyra's own loader: what is left open is placed, where there is a choice.
+        return "auto" if machine.accelerators else None
+    if isinstance(wish, str):
+        lacking = [wish] if wish not in AUTOMATIC and machine.find(wish) is None else []
+        wish = "cpu" if lacking else wish
+    else:
+        lacking = sorted({str(d) for d in wish.values() if d != "disk" and machine.find(str(d)) is None})
+        wish = {name: "cpu" if str(device) in lacking else device for name, device in wish.items()}
+    if lacking:
+        tell(LoadEvent("note", f"this machine lacks what 'device_map' names ({', '.join(lacking)}): the CPU is used"))
+    return wish
 
+
+def _middle_rung(call: LoaderCall, config: ModelConfig, machine: Machine) -> dict[str, int | str] | None:
+    """Return the documented map for a model whose checkpoint is on disk; None where it would place no layer."""
     from lyra_emergence.checkpoint import read_checkpoint
-    from lyra_emergence.plan import hf_device, make_plan
+    from lyra_emergence.hub import find_local
+    from lyra_emergence.plan import make_plan
 
-    model_id = args[0] if args and isinstance(args[0], str) else config.model_id
     if not config.gpu_layers_fallback:
         return None
     try:
-        directory = find_local(model_id)
+        directory = find_local(call.model_id or config.model_id)
         if directory is None:
             return None
         plan = make_plan(config.model_copy(update={"device_map": "auto"}), read_checkpoint(directory), machine)
-    except LyraError:
-        return None
-    placements = plan.with_layers(config.gpu_layers_fallback)
-    return {p.block: hf_device("cpu" if p.device == "disk" else p.device) for p in placements}
+        placements = plan.with_layers(config.gpu_layers_fallback)
+        if not any(p.kind == "layer" and p.device not in ("cpu", "disk") for p in placements):
+            return None
+        # What the plan leaves on disk is mapped from there on the CPU.
+        devices = {p.block: hf_device("cpu" if p.device == "disk" else p.device) for p in placements}
+        return _by_module(devices, directory, config)
+    except (LyraError, OSError, ValueError):
+        return None  # a checkpoint of another kind than a causal language model's: its loader knows it, this does not
 
 
-def _arguments(
-    takes: _Takes, config: ModelConfig, kwargs: Mapping[str, Any], device_map: Any, machine: Machine
-) -> dict[str, Any]:
-    """Return the loader's keywords for one rung; the caller's own stand above the configuration's."""
-    model = _model_arguments(config, machine)
-    arguments = dict(kwargs)
-    if device_map is not None and "device_map" in takes:
-        arguments["device_map"] = device_map
-        arguments.pop("device", None)
-    if "model_kwargs" in takes.names:
-        arguments["model_kwargs"] = model | dict(kwargs.get("model_kwargs") or {})
-        if "device_map" in arguments:
-            arguments["model_kwargs"].pop("device_map", None)
-    elif takes.any_name:
-        arguments = model | arguments
-    if "pipeline_kwargs" in takes.names:
-        arguments["pipeline_kwargs"] = config.to_pipeline_kwargs() | dict(kwargs.get("pipeline_kwargs") or {})
-    return arguments
+def _by_module(devices: Mapping[str, int | str], directory: Path, config: ModelConfig) -> dict[str, int | str]:
+    """Return the map by the model's own module names, which a checkpoint's may lack the prefix of."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trust = config.trust_remote_code
+    shape = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust)
+    modules = {path for path, _ in skeleton.named_modules()}
+    prefix = skeleton.base_model_prefix
+    return {name if name in modules else f"{prefix}.{name}": device for name, device in devices.items()}
 
 
-def _model_arguments(config: ModelConfig, machine: Machine) -> dict[str, Any]:
-    """Return the configuration as transformers takes it: ordinals as numbers, quantization as an object."""
+def _budgets(config: ModelConfig, machine: Machine) -> dict[int | str, int]:
+    """Return bytes for every device: transformers neither reads percentages nor looks at what is free.
+
+    A device that the user left out counts with what it has free; transformers would leave out the CPU, and use a disk.
+    """
+    limits = {device: device.free_bytes for device in (*machine.accelerators, machine.cpu)}
+    for name, amount in (config.max_memory or {}).items():
+        device = machine.find(name)
+        if device is not None:
+            limits[device] = min(limits[device], budget_bytes(amount, device.total_bytes))
+    return {hf_device(device.name): nbytes for device, nbytes in limits.items()}
+
+
+def _model_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Return the rest of the configuration as transformers takes it: quantization is an object there."""
     model: dict[str, Any] = {}
-    if config.max_memory and config.device_map is not None:
-        found = {key: machine.find(str(key)) for key in config.max_memory}
-        model["max_memory"] = {
-            (device.index if device.index is not None else "cpu"): config.max_memory[key]
-            for key, device in found.items()
-            if device is not None
-        }
-    if config.dtype not in (None, "auto"):
+    if config.dtype is not None:
         model["dtype"] = config.dtype
     if config.trust_remote_code:
         model["trust_remote_code"] = True
@@ -178,20 +206,7 @@ def _model_arguments(config: ModelConfig, machine: Machine) -> dict[str, Any]:
     return model
 
 
-def _on_cpu(takes: _Takes, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keywords that ask a loader for the CPU in its own words."""
-    arguments = {name: value for name, value in kwargs.items() if name not in ("device", "device_map")}
-    if "device" in takes.names:
-        # LangChain's from_model_id counts devices: -1 is the CPU. Others take torch's names.
-        return arguments | {"device": -1 if "task" in takes.names else "cpu"}
-    if "device_map" in takes.names:
-        return arguments | {"device_map": "cpu"}
-    if "model_kwargs" in takes.names:
-        return arguments | {"model_kwargs": dict(kwargs.get("model_kwargs") or {}) | {"device": "cpu"}}
-    return arguments | {"device_map": "cpu"} if takes.any_name else arguments
-
-
-def _refusal(failure: BaseException | None, config: ModelConfig) -> DoesNotFitError:
+def _refusal(failure: BaseException, config: ModelConfig) -> DoesNotFitError:
     free = probe_machine(with_torch=True).cpu.free_bytes
     hint = "take a smaller model, or close what else uses the memory"
     if not config.enable_progressive_fallback:
