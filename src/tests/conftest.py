@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
@@ -30,6 +31,13 @@ _FOREIGN_VARIABLES = (
     "HF_TOKEN",
     "HF_ENDPOINT",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # huggingface_hub reads this once, when it is first imported: during collection, before any fixture.
+    directory = tempfile.TemporaryDirectory(prefix="lyra-hf-home-")
+    config.add_cleanup(directory.cleanup)
+    os.environ["HF_HOME"] = directory.name
 
 
 @pytest.hookimpl(wrapper=True)
