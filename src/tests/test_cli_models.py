@@ -71,8 +71,8 @@ def test_without_a_person_the_bundled_model_stands_in_without_touching_the_netwo
     assert (choice.config.model_id, choice.directory) == (BUNDLED_ID, bundled_directory())
     assert choice.notes == (
         (
-            "microsoft/phi-2 (the default) is not on this machine: using the bundled model "
-            "(--model microsoft/phi-2 downloads it)"
+            "microsoft/phi-2 (the default) is not on this machine "
+            "(--model microsoft/phi-2 downloads it); using the bundled model"
         ),
     )
     assert (hub.looked_up, hub.fetched) == ([], [])
@@ -81,7 +81,7 @@ def test_without_a_person_the_bundled_model_stands_in_without_touching_the_netwo
 def test_the_note_names_the_file_that_was_found(tmp_path: Path) -> None:
     choice = find_model(resolved(tmp_path, '{"model_id": "some/model"}'), source=Hub())
     path = tmp_path / "model_config.json"
-    assert choice.notes == (f"some/model (from {path}) is not on this machine: planning the bundled model",)
+    assert choice.notes == (f"some/model (from {path}) is not on this machine; planning the bundled model",)
 
 
 def test_an_unreachable_hub_is_said_in_one_line_and_nobody_is_asked(tmp_path: Path) -> None:
@@ -140,20 +140,27 @@ def test_planning_never_asks_the_hub_for_a_named_model(tmp_path: Path) -> None:
     assert hub.looked_up == []
 
 
-def test_settings_written_for_another_model_do_not_stop_the_bundled_one(tmp_path: Path) -> None:
+def test_settings_written_for_another_model_do_not_reach_the_bundled_one(tmp_path: Path) -> None:
     text = """{"model_id": "some/model", "device_map": {"model.layers.0": "cpu"}, "context_length": 100000,
-               "load_in_4bit": true, "gpu_layers_fallback": 16, "pipeline_kwargs": {"max_new_tokens": 4000}}"""
+               "load_in_4bit": true, "gpu_layers_fallback": 16,
+               "pipeline_kwargs": {"max_new_tokens": 4000, "do_sample": true, "temperature": 0.7}}"""
     choice = find_model(resolved(tmp_path, text), source=Hub())
     config = choice.config
     assert (config.device_map, config.context_length, config.load_in_4bit) == (None, None, False)
     assert (config.gpu_layers_fallback, config.pipeline_kwargs) == (16, {"max_new_tokens": 4000})
-    assert choice.notes[1] == ("the bundled model ignores device_map, context_length, load_in_4bit, set for some/model")
-
-
-def test_a_context_from_the_command_line_stays_with_the_bundled_model(tmp_path: Path) -> None:
-    choice = find_model(resolved(tmp_path, context_length=256), source=Hub())
-    assert choice.config.context_length == 256
     assert len(choice.notes) == 1
+    assert choice.notes[0].endswith(
+        "planning the bundled model, which ignores device_map, context_length, load_in_4bit, do_sample, temperature"
+    )
+
+
+def test_what_was_said_for_this_run_reaches_the_bundled_model(tmp_path: Path) -> None:
+    text = '{"pipeline_kwargs": {"do_sample": true, "temperature": 0.7, "top_p": 0.9}}'
+    said = {"context_length": 256, "pipeline_kwargs": {"do_sample": True, "temperature": 0.2}}
+    choice = find_model(resolved(tmp_path, text, **said), source=Hub())
+    assert choice.config.context_length == 256
+    assert choice.config.pipeline_kwargs == {"do_sample": True, "temperature": 0.2}
+    assert choice.notes[0].endswith("planning the bundled model, which ignores top_p")
 
 
 def test_choosing_changes_nothing_in_the_configuration_it_was_given(tmp_path: Path) -> None:

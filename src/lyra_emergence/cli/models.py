@@ -29,6 +29,7 @@ NOT_NAMED: Final = frozenset({"default", "file"})
 """Origins of `model_id` that no person stated for this run."""
 
 _USING: Final = "using the bundled model"
+_SAMPLING: Final = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 Answer = Literal["download", "bundled"]
 
@@ -95,7 +96,7 @@ def choose_model(
     if is_named(resolved):
         return ModelChoice(config, fetch(hub_.look_up(config.model_id)))
     if choose is None:
-        return _stand_in(resolved, f"{_missing(resolved)}: {_USING} (--model {config.model_id} downloads it)")
+        return _stand_in(resolved, f"{_missing(resolved)} (--model {config.model_id} downloads it); {_USING}")
     try:
         remote = hub_.look_up(config.model_id)
     except ModelUnavailableError as error:
@@ -120,7 +121,7 @@ def find_model(resolved: ResolvedConfig, *, source: Hub | None = None) -> ModelC
             f"{resolved.config.model_id} is not on this machine",
             hint=f"download it with: lyra.py --model {resolved.config.model_id}   (or give a checkpoint's folder)",
         )
-    return _stand_in(resolved, f"{_missing(resolved)}: planning the bundled model")
+    return _stand_in(resolved, f"{_missing(resolved)}; planning the bundled model")
 
 
 class _LibraryHub:
@@ -140,30 +141,36 @@ def _missing(resolved: ResolvedConfig) -> str:
 
 
 def _stand_in(resolved: ResolvedConfig, note: str) -> ModelChoice:
-    changes = _written_for_another_model(resolved.config, resolved.origins)
-    notes = [note]
-    if changes:
-        notes.append(f"the bundled model ignores {', '.join(changes)}, set for {resolved.config.model_id}")
+    changes, ignored = _written_for_another_model(resolved.config, resolved.origins)
+    if ignored:
+        note += f", which ignores {', '.join(ignored)}"
     config = resolved.config.model_copy(update={"model_id": bundled.BUNDLED_ID, **changes})
-    return ModelChoice(config, bundled.bundled_directory(), tuple(notes), stands_in=True)
+    return ModelChoice(config, bundled.bundled_directory(), (note,), stands_in=True)
 
 
-def _written_for_another_model(config: ModelConfig, origins: Mapping[str, str]) -> dict[str, Any]:
-    """Return the settings that make sense for the configured model only, with what replaces them.
+def _written_for_another_model(
+    config: ModelConfig, origins: Mapping[str, str]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return what replaces the settings that make sense for the configured model only, and their names.
 
     A map of module names, a context beyond the bundled model's and a quantization that saves memory on billions of
-    weights would each turn "use the bundled model" into an error. What came from the command line stays.
+    weights would each turn "use the bundled model" into an error; sampling that suits a large model makes a small one
+    babble. What a person set for this run stays.
     """
-    replaced: dict[str, Any] = {}
-    if isinstance(config.device_map, dict):
-        replaced["device_map"] = None
-    for key in ("context_length", "dtype"):
-        if getattr(config, key) is not None:
-            replaced[key] = None
-    for key in ("load_in_8bit", "load_in_4bit"):
-        if getattr(config, key):
-            replaced[key] = False
-    return {key: value for key, value in replaced.items() if origins.get(key) in NOT_NAMED}
+    found = {
+        "device_map": isinstance(config.device_map, dict),
+        "context_length": config.context_length is not None,
+        "dtype": config.dtype is not None,
+        "load_in_8bit": config.load_in_8bit,
+        "load_in_4bit": config.load_in_4bit,
+    }
+    ignored = [key for key, is_set in found.items() if is_set and origins.get(key) in NOT_NAMED]
+    changes: dict[str, Any] = {key: False if key.startswith("load_in") else None for key in ignored}
+    settings = dict(config.pipeline_kwargs or {})
+    sampling = [key for key in _SAMPLING if key in settings and origins.get(f"pipeline_kwargs.{key}") in NOT_NAMED]
+    if sampling:
+        changes["pipeline_kwargs"] = {key: value for key, value in settings.items() if key not in sampling}
+    return changes, (*ignored, *sampling)
 
 
 def describe_download(remote: RemoteModel) -> str:
