@@ -199,8 +199,8 @@ def _embedding_folder(wanted: str | None, tell: Callable[[LoadEvent], None]) -> 
 
 
 def _unwrapped(
-    loader: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    loader: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., T], tuple[Any, ...], dict[str, Any]]:
     """Return the loader within `functools.partial`, with the arguments that were bound to it."""
     inner: Any = loader
     while isinstance(inner, functools.partial):

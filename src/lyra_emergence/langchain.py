@@ -4,7 +4,9 @@ It differs from its base class on purpose: `stop` holds in `invoke` and in `stre
 reaches the caller at once; closing a stream ends the work; a setting that would be ignored is an error; and `invoke`
 returns the answer alone, as `stream` does, unless "return_full_text" asks for the prompt in front of it.
 
-`ChatHuggingFace` around it generates and streams; its asynchronous methods are not made for any pipeline.
+Two limits are LangChain's own. `ChatHuggingFace` around it generates and streams, but its asynchronous methods are not
+made for any pipeline. And a chain with a further step behind the model (`llm | StrOutputParser()`), whose stream is
+closed, reads the model's stream to its end for its traces; closing the stream of `llm` or of `prompt | llm` ends the work.
 """
 
 from __future__ import annotations
