@@ -101,7 +101,7 @@ def look_up(model_id: str, *, revision: str | None = None, timeout: float = 3.0)
     get_session()  # its import takes a while, which is no fault of the hub
     try:
         listing = _within(timeout, lambda: _ask(model_id, revision, token, timeout))
-    except TimeoutError:
+    except (TimeoutError, httpx.TimeoutException):
         raise ModelUnavailableError(
             f"{model_id} is not on this machine, and {constants.ENDPOINT} did not answer within {timeout:g} s",
             hint=UNREACHABLE_HINT,

@@ -339,7 +339,7 @@ def test_a_hub_that_is_too_slow(hub: StandInHub, fault: Fault) -> None:
         f"{ID} is not on this machine, and {hub.url} did not answer within 0.4 s",
         UNREACHABLE_HINT,
     )
-    assert 0.4 <= time.monotonic() - start < 1.5
+    assert 0.4 <= time.monotonic() - start < 2.5
 
 
 def test_a_name_server_that_does_not_answer(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
