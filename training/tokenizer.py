@@ -1,0 +1,102 @@
+"""The tokenizer (byte-level BPE, trained on generated text) and the prompt's form."""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from training.entries import Entry
+from training.questions import Example, draw_example
+
+BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
+USER, ASSISTANT, JOURNAL = "<|user|>", "<|assistant|>", "<|journal|>"
+SPECIAL = (PAD, BOS, END, USER, ASSISTANT, JOURNAL)
+VOCABULARY = 3072
+CONTEXT = 1024
+
+# The entries follow the question, inside the last user turn: while the model reads them it already knows what is asked,
+# which a small model needs to mark the right sentence. "<|" in a text is broken up, so that no text can close its turn.
+CHAT_TEMPLATE = """\
+{%- set talk = messages | rejectattr('role', 'equalto', 'system') | list -%}
+{%- set asked = talk | selectattr('role', 'equalto', 'user') | list | length -%}
+{%- set seen = namespace(users=0) -%}
+{{- bos_token -}}
+{%- for message in talk -%}
+{%- set text = message['content'] | replace('<|', '< |') | trim -%}
+{%- if message['role'] == 'user' -%}
+{%- set seen.users = seen.users + 1 -%}
+{{- '<|user|>' + text -}}
+{%- if documents and seen.users == asked -%}
+{{- '<|journal|>' -}}
+{%- for document in documents -%}
+{%- set title = document['title'] | default('', true) | replace('<|', '< |') | trim -%}
+{{- '\\n[' + loop.index | string + '] ' + title + '\\n' -}}
+{{- document['text'] | replace('<|', '< |') | trim -}}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|end|>' -}}
+{%- else -%}
+{{- '<|assistant|>' + text + '<|end|>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|assistant|>' -}}
+{%- endif -%}
+"""
+
+
+def render(question: str, entries: Sequence[Entry], turns: Sequence[tuple[str, str]] = ()) -> str:
+    """Returns the prompt as `CHAT_TEMPLATE` renders it with a generation prompt."""
+    earlier = "".join(f"{USER}{asked}{END}{ASSISTANT}{said}{END}" for asked, said in turns)
+    shown = "".join(f"\n[{number}] {entry.heading}\n{entry.text}" for number, entry in enumerate(entries, 1))
+    return f"{BOS}{earlier}{USER}{question}{JOURNAL if entries else ''}{shown}{END}{ASSISTANT}"
+
+
+def example_text(example: Example) -> tuple[str, str]:
+    """Returns (prompt, answer with its stop token)."""
+    return render(example.question, example.entries, example.turns), example.answer + END
+
+
+def _corpus(seed: int, examples: int) -> Iterator[str]:
+    rng = random.Random(seed)
+    for _ in range(examples):
+        example = draw_example(rng, 3)
+        yield "\n".join([example.question, example.answer, *(f"{e.heading}\n{e.text}" for e in example.entries)])
+
+
+def train_tokenizer(seed: int = 0, examples: int = 20_000) -> PreTrainedTokenizerFast:
+    """Trains byte-level BPE on generated text; every digit is a token, and any byte has one."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_corpus(seed, examples), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[USER, ASSISTANT, JOURNAL],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def load_tokenizer(directory: Path, seed: int = 0) -> PreTrainedTokenizerFast:
+    """Returns the tokenizer saved in `directory`, trained first if there is none."""
+    if not (directory / "tokenizer.json").is_file():
+        train_tokenizer(seed).save_pretrained(directory)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    tokenizer.chat_template = CHAT_TEMPLATE  # the form may have been reworded since; the vocabulary may not
+    return tokenizer
