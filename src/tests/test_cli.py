@@ -253,6 +253,17 @@ def test_ctrl_c_is_exit_130_without_a_word(capsys: pytest.CaptureFixture[str], m
     assert capsys.readouterr().err == "\n"
 
 
+def test_a_reader_that_leaves_in_the_middle_is_no_failure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object, **__: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("lyra_emergence.cli.plan.run_plan", closed)
+    assert main(["plan"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
 def test_config_is_mounted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "validate"]) == 0
     assert capsys.readouterr().out == "ok: no file, all defaults\n"

@@ -139,11 +139,14 @@ class _Program(TyperGroup):
         return super().parse_args(ctx, self._routed(args))
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; typer would turn Ctrl-C into an exit of its own."""
+        """Run the command; typer would turn Ctrl-C and a closed pipe into exits of its own."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Abort from None
+        except BrokenPipeError:
+            _forget_stdout()
+            return 0
 
     def _routed(self, args: list[str]) -> list[str]:
         valued = self._options_with_value()
