@@ -252,6 +252,8 @@ class _Shape:
     key_heads: int
     key_width: int
     value_width: int
+    latent: int | None
+    caches: int
     vocab: int
     windows: tuple[int | None, ...]
     experts_per_token: int
@@ -265,11 +267,15 @@ class _Shape:
         heads = _size(config, "num_attention_heads", "n_head", "num_heads", "n_heads") or 0
         head_width = _size(config, "head_dim") or (hidden // heads if heads else 0)
         notes = () if heads else ("config.json names no attention heads: no KV cache is counted",)
-        key_width, value_width, key_heads = head_width, head_width, _key_heads(config, heads)
-        if _size(config, "kv_lora_rank"):
-            # Multi-head latent attention: transformers caches the expanded keys and values of every head.
-            key_width = (_size(config, "qk_nope_head_dim") or 0) + (_size(config, "qk_rope_head_dim") or 0)
+        key_width = value_width = head_width
+        key_heads = _key_heads(config, heads)
+        latent = _size(config, "kv_lora_rank")
+        if latent:
+            # Multi-head latent attention: transformers caches the latent, and expands it for every head as it runs.
+            rotary = _size(config, "qk_rope_head_dim") or 0
+            key_width = (_size(config, "qk_nope_head_dim") or 0) + rotary
             value_width, key_heads = _size(config, "v_head_dim") or head_width, heads
+            latent += rotary + (_size(config, "index_head_dim") or 0)
         inner = _size(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden
         per_token = _size(config, "num_experts_per_tok", "moe_topk", "num_selected_experts") or 1
         return cls(
@@ -279,6 +285,8 @@ class _Shape:
             key_heads=key_heads,
             key_width=key_width,
             value_width=value_width,
+            latent=latent,
+            caches=2 if config.get("model_type") == "longcat_flash" else 1,
             vocab=_size(config, "vocab_size") or 0,
             windows=_windows(config, len(index.layers)),
             experts_per_token=per_token,
@@ -293,17 +301,20 @@ class _Shape:
         """
         window = self.windows[layer] if layer < len(self.windows) else None
         tokens = context if window is None else min(context, window - 1 + PREFILL_CHUNK)
-        return batch * self.key_heads * tokens * (self.key_width + self.value_width) * self.itemsize
+        width = self.latent or self.key_heads * (self.key_width + self.value_width)
+        return self.caches * batch * tokens * width * self.itemsize
 
     def layer_activations(self, tokens: int, context: int, batch: int) -> int:
         """Bytes of temporaries while one layer runs `tokens` tokens against `context` cached ones.
 
-        The cache grows by concatenation, so the old and the new keys of one layer are alive together. The mask and
+        The cache grows by concatenation, so the old and the new keys of one layer are alive together; a latent one
+        is expanded, keys and values. The mask and
         the attention's own workspace are counted for the memory-efficient kernels, which keep no score matrix.
         """
         projections = self.heads * self.key_width + self.key_heads * (self.key_width + self.value_width)
         width = _RESIDUAL_COPIES * self.hidden + _MLP_COPIES * self.intermediate * self.experts_per_token + projections
-        grown_cache = batch * self.key_heads * context * max(self.key_width, self.value_width) * self.itemsize
+        wide = self.key_width + self.value_width if self.latent else max(self.key_width, self.value_width)
+        grown_cache = batch * context * (self.key_heads * wide + (self.latent or 0)) * self.itemsize
         return tokens * (width + context) * self.itemsize + grown_cache
 
 
