@@ -222,7 +222,7 @@ def _torch_accelerators(cpu: Device) -> Iterator[Device]:
 
     if not torch.accelerator.is_available():
         return
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return
     kind = accelerator.type

@@ -18,7 +18,7 @@ from lyra_emergence.machine import probe_machine
 from lyra_emergence.plan import make_plan
 
 from .families import FAMILIES
-from .running import PROMPT, greedy, reference
+from .running import NEW_TOKENS, PROMPT, greedy, reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +43,10 @@ def layers_on(loaded: LoadedModel, device: str) -> int:
     return sum(block.device == device for block in loaded.blocks if block.name in layers)
 
 
+def in_use(sim: SimulatedAccelerator) -> tuple[int, ...]:
+    return tuple(sim.used(device) for device in range(sim.devices))
+
+
 # Placement: the tokens of plain transformers on the CPU, wherever the blocks are.
 
 
@@ -53,7 +57,7 @@ def test_whole_model_on_the_accelerator(family: str, checkpoints: Checkpoints, s
     assert layers_on(loaded, "sim:0") == LAYERS
     assert greedy(loaded) == reference(checkpoints(family))
     loaded.close()
-    assert sim.used_everywhere() == (0, 0)
+    assert in_use(sim) == (0, 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,7 +71,7 @@ def test_every_split_over_two_accelerators_and_the_cpu(
         loaded = load(ModelConfig(device_map=split), directory=directory)
         assert greedy(loaded) == reference(directory), split
         loaded.close()
-    assert sim.used_everywhere() == (0, 0)
+    assert in_use(sim) == (0, 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,9 +111,9 @@ def test_transformers_own_generate_runs_on_a_split_model(checkpoints: Checkpoint
     directory = checkpoints("llama")
     split = {"": "cpu", "model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1}
     loaded = load(ModelConfig(device_map=split), directory=directory)
-    ids = torch.tensor([[5, 9, 17, 33, 21, 40, 8, 11]])
-    out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-    assert out[0, 8:].tolist() == reference(directory)
+    ids = torch.tensor([PROMPT])
+    out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert out[0, len(PROMPT) :].tolist() == reference(directory)
     loaded.close()
 
 
@@ -200,7 +204,7 @@ def test_a_failure_at_any_allocation_leaves_a_right_model(
     assert loaded.report.attempts[-1].outcome == "loaded"
     assert greedy(loaded) == reference(directory)
     loaded.close()
-    assert sim.used_everywhere() == (0, 0)
+    assert in_use(sim) == (0, 0)
 
 
 def test_without_a_number_the_fallback_keeps_what_fits(checkpoints: Checkpoints, sim: SimulatedAccelerator) -> None:
@@ -221,7 +225,7 @@ def test_a_persistent_failure_ends_on_the_cpu(checkpoints: Checkpoints, sim: Sim
     loaded = load(ModelConfig(gpu_layers_fallback=2), directory=checkpoints("llama"))
     assert [a.outcome for a in loaded.report.attempts] == ["out of memory", "out of memory", "loaded"]
     assert loaded.report.rung == "cpu"
-    assert sim.used_everywhere() == (0, 0)
+    assert in_use(sim) == (0, 0)
     assert greedy(loaded) == reference(checkpoints("llama"))
     loaded.close()
 
@@ -247,7 +251,7 @@ def test_no_fallback_gives_the_first_failure_to_the_user(checkpoints: Checkpoint
         load(ModelConfig(enable_progressive_fallback=False), directory=checkpoints("llama"))
     assert caught.value.hint == 'set "enable_progressive_fallback": true, or a lower "max_memory"'
     # Though the error is still held, the devices are empty.
-    assert sim.used_everywhere() == (0, 0)
+    assert in_use(sim) == (0, 0)
 
 
 class OtherError(RuntimeError):
@@ -265,7 +269,7 @@ def test_other_errors_surface_at_once_and_unchanged(checkpoints: Checkpoints, si
     with pytest.raises(OtherError, match="device-side assert"):
         load(ModelConfig(), directory=checkpoints("llama"), on_event=fail)
     assert [event.kind for event in seen] == ["map", "promote"]
-    assert sim.used_everywhere() == (0, 0)
+    assert in_use(sim) == (0, 0)
 
 
 # Dtypes and quantization.
