@@ -262,7 +262,7 @@ def _spill_to_disk(placed: tuple[Placement, ...], footprint: Footprint, cpu: Bud
         return placed
     tied = {block.name: block.tied_to for block in footprint.blocks}
     spilled |= {p.block for p in placed if p.device == CPU and p.weights == 0 and tied[p.block] in spilled}
-    reason = f"main memory is full ({cpu.reason}): read from the file as it is used"
+    reason = f"main memory cannot hold it ({cpu.reason}): read from the file as it is used"
     return tuple(replace(p, device=DISK, reason=reason) if p.block in spilled else p for p in placed)
 
 

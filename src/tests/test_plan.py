@@ -386,9 +386,9 @@ def test_what_main_memory_cannot_hold_stays_in_the_file(phi2: CheckpointIndex) -
     made = plan(phi2, machine(cpu=short))
     spilled = [p for p in made.placements if p.device == "disk"]
     assert [p.block for p in spilled] == ["model.embed_tokens", "model.layers.31"]
-    assert spilled[0].reason == "main memory is full (5.74 GB free of it): read from the file as it is used" or (
-        spilled[0].reason.startswith("main memory is full (")
-    )
+    assert {p.reason for p in spilled} == {
+        "main memory cannot hold it (6.09 GB free): read from the file as it is used"
+    }
     cpu, disk = made.devices
     assert (cpu.kv_cache, cpu.activations, cpu.layers) == (32 * CACHE, BUSY + LOGITS, 31)
     assert (disk.weights, disk.layers, disk.limit) == (EMBEDDING + LAYER, 1, 0)
