@@ -7,9 +7,10 @@ except where the block's CPU form is not the stored one (converted or quantized 
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -173,38 +174,41 @@ def split_into_blocks(model: nn.Module, names: Iterable[tuple[str, str]], form: 
         form: How weights look once loaded.
 
     Returns:
-        The plan's blocks in order, then the rest block.
+        The plan's blocks in order, without those "other" ones that the model does not build (a vision tower, layers
+        for multi-token prediction), then the rest block.
 
     Raises:
         CheckpointError: A block of the checkpoint has no module in the model.
     """
     kinds = dict(names)
-    modules = {name: _find_module(model, name) for name in kinds}
+    found = {name: _find_module(model, name, kind) for name, kind in kinds.items()}
+    modules = {name: place for name, place in found.items() if place is not None}
     owners = {path: name for name, (path, _) in modules.items()}
-    slots: dict[str, list[_Slot]] = {name: [] for name in (*kinds, REST)}
+    slots: dict[str, list[_Slot]] = {name: [] for name in (*modules, REST)}
     for path, slot in _slots(model):
         slots[_owner(path, owners)].append(slot)
     copies = _Copies(form)
     plain = LoadedForm(form.dtype, form.stored, None)
     blocks = [
-        PlacedBlock(name, modules[name][1], slots[name], copies, form if kinds[name] == "layer" else plain)
-        for name in kinds
+        PlacedBlock(name, module, slots[name], copies, form if kinds[name] == "layer" else plain)
+        for name, (_, module) in modules.items()
     ]
     return (*blocks, PlacedBlock(REST, None, slots[REST], copies, plain))
 
 
-def _find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
-    """Find a checkpoint's module in the model, whose base prefix the checkpoint may have or lack."""
+def _find_module(model: nn.Module, name: str, kind: str) -> tuple[str, nn.Module] | None:
+    """Find a checkpoint's module in the model: by its path, whose base prefix either may lack, else by its role."""
     prefix = str(getattr(model, "base_model_prefix", ""))
-    candidates = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
-    for path in candidates:
-        try:
+    for path in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+        with contextlib.suppress(AttributeError):
             return path, model.get_submodule(path)
-        except AttributeError:
-            continue
-    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    if output is not None and name.rpartition(".")[2] in ("lm_head", "embed_out", "output"):
-        return next(path for path, module in model.named_modules() if module is output), output
+    # transformers renames some modules on load: GPT-NeoX's "embed_out" is its "lm_head".
+    getter = {"head": "get_output_embeddings", "embedding": "get_input_embeddings"}.get(kind)
+    module = getattr(model, getter)() if getter else None
+    if module is not None:
+        return next(path for path, candidate in model.named_modules() if candidate is module), module
+    if kind == "other":
+        return None
     raise CheckpointError(
         f"the checkpoint's block '{name}' has no module in {type(model).__name__}",
         hint="check that config.json's architecture is the one that the weights were saved from",

@@ -78,7 +78,8 @@ class Ladder:
     def _placements(self, rung: Rung) -> tuple[Placement, ...]:
         if not rung.adaptive:
             return rung.placements if rung.fits else ()
-        kept = sum(self._blocks[p.block].device != CPU for p in self._plan.placements if p.kind == "layer")
+        layers = [p.block for p in self._plan.placements if p.kind == "layer"]
+        kept = sum(self._blocks[name].device != CPU for name in layers)
         limits = {d: allocated_bytes(d) + free_bytes(d) for d in self._accelerators}
         return self._plan.with_layers(kept, limits) if kept else ()
 
@@ -123,7 +124,8 @@ class Ladder:
 
     def _moves(self, placements: Sequence[Placement]) -> Iterator[tuple[str, str]]:
         """Demote what has to leave its accelerator, which frees what promotions need; then yield (block, device)."""
-        wanted = {p.block: CPU if p.device == "disk" else p.device for p in placements}
+        known = [p for p in placements if p.block in self._blocks]
+        wanted = {p.block: CPU if p.device == "disk" else p.device for p in known}
         layers = [p for p in placements if p.kind == "layer"]
         wanted[REST] = wanted[layers[0].block] if layers else CPU
         leaving = [name for name, device in wanted.items() if self._blocks[name].device not in (CPU, device)]
