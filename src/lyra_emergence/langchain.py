@@ -6,7 +6,7 @@ returns the answer alone, as `stream` does, unless "return_full_text" asks for t
 
 Two limits are LangChain's own. `ChatHuggingFace` around it generates and streams, but its asynchronous methods are not
 made for any pipeline. And a chain with a further step behind the model (`llm | StrOutputParser()`), whose stream is
-closed, reads the model's stream to its end for its traces; closing the stream of `llm` or of `prompt | llm` ends the work.
+closed, reads the model's stream to its end for its traces; closing that of `llm` or of `prompt | llm` ends the work.
 """
 
 from __future__ import annotations
