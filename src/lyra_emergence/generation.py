@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
-from lyra_emergence.errors import GenerationError
+from lyra_emergence.errors import DoesNotFitError, GenerationError, is_out_of_memory, without_frames
 from lyra_emergence.footprint import PREFILL_CHUNK
 from lyra_emergence.text_stream import StopScanner, TextDecoder
 
@@ -153,6 +153,7 @@ def stream_generate(
 
     Raises:
         GenerationError: The prompt is empty or too long, or an option is out of its range.
+        DoesNotFitError: Memory ran out at a token; the text before it was delivered, and the model is as it was.
     """
     options = options or GenerationOptions.for_model(loaded)
     _check(options)
@@ -182,8 +183,7 @@ def _generate(loaded: LoadedModel, prompt: list[int], options: GenerationOptions
     chooser = _Chooser(prompt, options)
     stepper = _Stepper(loaded)
     clock = time.perf_counter()
-    logits = stepper.prefill(prompt)
-    token = chooser.choose(logits)
+    token = chooser.choose(stepper.prefill(prompt))
     prefill_seconds, decode_seconds, count = time.perf_counter() - clock, 0.0, 1
     while True:
         text = "" if token in ends else scanner.push(decoder.push(token))
@@ -238,12 +238,29 @@ class _Stepper:
         # Without a cache (a model that returns none) everything so far runs again.
         tokens = ids if self._cache or len(self._seen) == len(ids) else self._seen
         inputs = torch.tensor([tokens], device=self._loaded.entry_device)  # (1, tokens)
-        with self._loaded.step_lock:
-            output = self._loaded.model(input_ids=inputs, use_cache=True, **self._cache, **self._last_only)
+        output = self._forward(inputs)
         names = ("past_key_values", "cache_params")
         self._cache = {name: output[name] for name in names if output.get(name) is not None}
         logits: torch.Tensor = output.logits  # (1, tokens or 1, vocab)
         return logits[:, -1].float()
+
+    def _forward(self, inputs: torch.Tensor) -> Any:
+        failure: BaseException | None = None
+        with self._loaded.step_lock:
+            try:
+                return self._loaded.model(input_ids=inputs, use_cache=True, **self._cache, **self._last_only)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = without_frames(error)
+        self._cache = {}
+        tokens = len(self._seen)
+        raise DoesNotFitError(
+            f"memory ran out after {tokens} tokens of prompt and answer: {str(failure).splitlines()[0]}",
+            needed=self._loaded.plan.footprint.kv_cache,
+            available=0,
+            hint="shorten the context (--context, 'context_length') or place fewer layers there ('max_memory')",
+        ) from failure
 
 
 class _Chooser:

@@ -9,7 +9,7 @@ import torch
 
 from lyra_emergence import generation
 from lyra_emergence.config import ModelConfig
-from lyra_emergence.errors import GenerationError
+from lyra_emergence.errors import DoesNotFitError, GenerationError
 from lyra_emergence.generation import GenerationOptions, stream_generate
 from lyra_emergence.loading import load
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lyra_emergence.loading import LoadedModel
+
+    from .simulated_accelerator import SimulatedAccelerator
 
     Checkpoints = Callable[[str], Path]
 
@@ -197,3 +199,23 @@ def test_an_empty_prompt_starts_from_the_beginning_token(llama: LoadedModel) -> 
     empty = [t for c in stream_generate(llama, [], GenerationOptions(max_new_tokens=4)) for t in c.token_ids]
     named = [t for c in stream_generate(llama, [start], GenerationOptions(max_new_tokens=4)) for t in c.token_ids]
     assert empty == named
+
+
+def test_memory_running_out_is_told_and_leaves_the_model_whole(
+    checkpoints: Checkpoints, sim: SimulatedAccelerator
+) -> None:
+    loaded = load(ModelConfig(), directory=checkpoints("llama"))
+    at_rest = sim.used(0)
+    whole = [t for c in stream_generate(loaded, TEXT, GenerationOptions(max_new_tokens=6)) for t in c.token_ids]
+    stream = stream_generate(loaded, TEXT, GenerationOptions(max_new_tokens=6))
+    delivered = [*next(stream).token_ids, *next(stream).token_ids]
+    sim.fail_at(20)
+    with pytest.raises(DoesNotFitError, match=r"^memory ran out after \d+ tokens of prompt and answer: ") as caught:
+        next(stream)
+    assert delivered == whole[:2]
+    # Though the error is held, the cache and the activations are gone.
+    assert caught.value is not None
+    assert sim.used(0) == at_rest + 8  # the token that was being run
+    again = [t for c in stream_generate(loaded, TEXT, GenerationOptions(max_new_tokens=6)) for t in c.token_ids]
+    assert again == whole
+    loaded.close()
