@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lyra_emergence.architecture import context_length, language_config
 from lyra_emergence.blocks import Block, find_blocks
+from lyra_emergence.bundled import BUNDLED_ID, bundled_directory
 from lyra_emergence.errors import CheckpointError
 from lyra_emergence.json_files import DAMAGED, read_object, shown
 from lyra_emergence.safetensors_header import TensorInfo, read_header
@@ -37,6 +38,9 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+_CACHED = "models--"
+"""What the Hugging Face cache puts before a repository's name, whose "/" it writes as "--"."""
+
 # Real files have kilobytes (config.json) and at most about 20 MB (the index of a large mixture of experts).
 _MAX_CONFIG_BYTES = 16 * 2**20
 _MAX_INDEX_BYTES = 100_000_000
@@ -59,6 +63,14 @@ class CheckpointIndex:
     tensors: Mapping[str, TensorInfo]
     blocks: tuple[Block, ...]
     weight_format: Literal["safetensors", "bin"] = "safetensors"
+
+    @property
+    def name(self) -> str:
+        """What a person calls it: its hub id where it stands in a Hugging Face cache, else its folder's name."""
+        repository = self.directory.parent.parent.name
+        if self.directory.parent.name == "snapshots" and repository.startswith(_CACHED):
+            return repository.removeprefix(_CACHED).replace("--", "/")
+        return BUNDLED_ID if self.directory == bundled_directory() else self.directory.name
 
     @property
     def nbytes(self) -> int:

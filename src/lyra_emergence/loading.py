@@ -185,7 +185,7 @@ def _map_model(index: CheckpointIndex, config: ModelConfig) -> Any:
             raise CheckpointError(f"{index.directory}: {error}") from error
     if out_of_memory is not None:
         raise DoesNotFitError(
-            f"out of memory while opening '{index.directory.name}': {out_of_memory}",
+            f"out of memory while opening '{index.name}': {out_of_memory}",
             needed=index.nbytes,
             available=probe_machine().cpu.free_bytes,
             device="cpu",

@@ -59,7 +59,7 @@ class Plan:
     """Where every block goes, before anything is loaded.
 
     Attributes:
-        model: The checkpoint's folder name.
+        model: The checkpoint's name: a hub id, or its folder's.
         footprint: The bytes that the plan rests on.
         request: Budgets and pinned blocks.
         rungs: The ladder, best first.
@@ -198,7 +198,7 @@ def _plan(
         raise refuse(measure_use(placements, footprint, budgets), _remedy(config, footprint, request))
     said = (*_not_followed(rungs[: start + 1], request), *_clamped(config, footprint.context_length))
     notes = (*machine.notes, *request.notes, *footprint.notes, *notes, *said)
-    return Plan(index.directory.name, footprint, request, rungs, start, notes)
+    return Plan(index.name, footprint, request, rungs, start, notes)
 
 
 def _not_followed(rungs: tuple[Rung, ...], request: Request) -> tuple[str, ...]:

@@ -1075,3 +1075,15 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_checkpoint_has_its_hub_id_or_its_folders_name(tmp_path: Path) -> None:
+    from lyra_emergence.bundled import BUNDLED_ID, bundled_directory
+
+    def named(directory: Path) -> str:
+        return CheckpointIndex(directory, {}, {}, ()).name
+
+    assert named(tmp_path / "my-model") == "my-model"
+    assert named(tmp_path / "models--microsoft--phi-2" / "snapshots" / "0f1e") == "microsoft/phi-2"
+    assert named(tmp_path / "models--gpt2" / "snapshots" / "0f1e") == "gpt2"
+    assert named(bundled_directory()) == BUNDLED_ID
