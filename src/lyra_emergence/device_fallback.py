@@ -50,10 +50,19 @@ _LEVELS = {
 
 
 def log_events(logger: logging.Logger) -> Callable[[LoadEvent], None]:
-    """Return an event handler that writes each step of loading to `logger`: fallbacks as warnings, copies as debug."""
+    """Return an event handler that writes each step of loading to `logger`: fallbacks as warnings, copies as debug.
+
+    Where no logging is set up, Python shows warnings on stderr and drops the rest, whatever the logger's level. What
+    the level allows is then shown in the same way, so that `logger.setLevel(logging.DEBUG)` is enough to see each step.
+    """
 
     def log(event: LoadEvent) -> None:
-        logger.log(_LEVELS.get(event.kind, logging.DEBUG), "%s", event.message)
+        level = _LEVELS.get(event.kind, logging.DEBUG)
+        if level >= logging.WARNING or logger.hasHandlers():
+            logger.log(level, "%s", event.message)
+        elif logger.isEnabledFor(level):
+            record = logger.makeRecord(logger.name, level, __file__, 0, event.message, (), None)
+            logging.StreamHandler().handle(record)
 
     return log
 
