@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from langchain_huggingface import HuggingFaceEmbeddings, HuggingFacePipeline
+from langchain_huggingface import ChatHuggingFace, HuggingFaceEmbeddings, HuggingFacePipeline
 from transformers import AutoModelForCausalLM
 
 from lyra_emergence.errors import ConfigError, DoesNotFitError, MissingExtraError, ModelUnavailableError
@@ -28,6 +28,7 @@ from src.utils.device_fallback import (
 )
 
 from .families import PROMPT, STORY, make_tokenizer
+from .standin_hub import StandInHub
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -238,6 +239,29 @@ def test_a_named_file_that_is_missing_is_an_error(tmp_path: Path) -> None:
 def test_a_model_that_may_not_be_downloaded_is_an_error() -> None:
     with pytest.raises(ModelUnavailableError, match=r"^no/such is not on this machine, and 'local_files_only' forbids"):
         safe_load_pipeline("no/such", TASK, model_kwargs={"local_files_only": True})
+
+
+def test_a_named_model_is_fetched_and_told_and_then_cached(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger=LOGGER)
+    with StandInHub() as hub:
+        hub.add("owner/river", checkpoints("llama"))
+        hub.use(monkeypatch, tmp_path / "cache")
+        llm = safe_load_pipeline("owner/river", TASK, device_map="cpu")
+        told = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == LOGGER]
+        assert told[0][0] == "INFO"
+        assert told[0][1].startswith("downloading owner/river, ")
+        assert ("INFO", "model.safetensors is here") in told
+        asked = len(hub.requests)
+        assert llm.loaded.config.model_id == "owner/river"
+        # LangChain's chat reads the tokenizer again, from the cache and not from the hub.
+        assert ChatHuggingFace(llm=llm).invoke("Hello", max_new_tokens=3).content
+        again = safe_load_pipeline("owner/river", TASK, device_map="cpu")
+        assert again.invoke(PROMPT) == llm.invoke(PROMPT) == REST
+        assert len(hub.requests) == asked
+    llm.loaded.close()
+    again.loaded.close()
 
 
 # safe_load_model_with_config and HuggingFacePipeline.from_model_id.
