@@ -1,6 +1,6 @@
 """Loading: open the checkpoint as a map, promote blocks in plan order, step down when memory runs out.
 
-Does not download anything and does not substitute a model: `directory` is a checkpoint on disk. Weights are mapped by
+Never substitutes a model for the one that was named. Weights are mapped by
 transformers' own `from_pretrained` on the CPU in their stored dtype, which costs no memory until pages are touched.
 """
 
@@ -10,18 +10,19 @@ import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.checkpoint import read_checkpoint
 from lyra_emergence.errors import CheckpointError, DoesNotFitError, is_out_of_memory, without_frames
 from lyra_emergence.footprint import TORCH_DTYPES
+from lyra_emergence.hub import locate
 from lyra_emergence.load_report import Attempt, LoadEvent, LoadReport
 from lyra_emergence.machine import probe_machine
 from lyra_emergence.plan import hf_device, make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
     from lyra_emergence.checkpoint import CheckpointIndex
     from lyra_emergence.config import ModelConfig
@@ -81,7 +82,7 @@ class LoadedModel:
 def load(
     config: ModelConfig,
     *,
-    directory: Path,
+    directory: str | Path | None = None,
     plan: Plan | None = None,
     on_event: Callable[[LoadEvent], None] | None = None,
 ) -> LoadedModel:
@@ -89,11 +90,13 @@ def load(
 
     Args:
         config: Placement, dtype and quantization.
-        directory: The checkpoint's folder.
+        directory: The checkpoint's folder; by default where `config.model_id` is, fetched from the hub if it is not
+            on this machine.
         plan: What `make_plan` returned for it; made here when absent.
         on_event: Called with every step.
 
     Raises:
+        ModelUnavailableError: `config.model_id` is neither on this machine nor to be had from the hub.
         CheckpointError: The checkpoint is malformed, incomplete or has no tokenizer.
         DoesNotFitError: It fits nowhere, or memory ran out where the configuration allows no fallback.
         MissingExtraError: Quantization is asked for and bitsandbytes is not installed.
@@ -104,9 +107,10 @@ def load(
         from lyra_emergence.runtime.quantized import require_bitsandbytes
 
         require_bitsandbytes("8bit" if config.load_in_8bit else "4bit")
-    index = read_checkpoint(directory)
+    folder = Path(directory) if directory is not None else locate(config.model_id)
+    index = read_checkpoint(folder)
     plan = plan or make_plan(config, index, probe_machine(with_torch=True))
-    tokenizer = _load_tokenizer(directory, config)
+    tokenizer = _load_tokenizer(folder, config)
     model = _map_model(index, config)
     map_seconds = time.perf_counter() - started
     tell(LoadEvent("map", f"{plan.model} is open, {len(index.tensors)} tensors mapped"))

@@ -316,11 +316,17 @@ def _remedy(config: ModelConfig, footprint: Footprint, request: Request) -> str:
     tries = []
     if footprint.context_length > SHORTEST_CONTEXT:
         tries.append(f"a shorter context (--context {max(SHORTEST_CONTEXT, footprint.context_length // 4)})")
-    if footprint.quantization != "4bit":
+    # Packed weights cannot stay on disk: they help only where the weights have to be in memory anyway.
+    in_memory = not all(block.mapped for block in footprint.blocks) or request.whole_on is not None
+    if in_memory and footprint.quantization != "4bit":
         tries.append('"load_in_4bit": true')
-    if not all(block.mapped for block in footprint.blocks) and footprint.quantization is None:
+    if in_memory and footprint.quantization is None and request.whole_on is None:
         tries.append("the checkpoint's own dtype, which can stay on disk")
-    if config.max_memory or request.whole_on or request.pinned or not config.enable_progressive_fallback:
-        tries.append('larger "max_memory", "device_map": "auto" or "enable_progressive_fallback": true')
+    if config.max_memory:
+        tries.append('a larger "max_memory"')
+    if request.whole_on or request.pinned:
+        tries.append('"device_map": "auto"')
+    if not config.enable_progressive_fallback:
+        tries.append('"enable_progressive_fallback": true')
     tries.append("a smaller model")
     return "try " + ", or ".join(tries)

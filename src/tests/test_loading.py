@@ -12,7 +12,7 @@ import torch
 
 from lyra_emergence.checkpoint import read_checkpoint
 from lyra_emergence.config import ModelConfig
-from lyra_emergence.errors import CheckpointError, DoesNotFitError, MissingExtraError
+from lyra_emergence.errors import CheckpointError, DoesNotFitError, MissingExtraError, ModelUnavailableError
 from lyra_emergence.loading import load
 from lyra_emergence.machine import probe_machine
 from lyra_emergence.plan import make_plan
@@ -127,14 +127,18 @@ def test_out_of_memory_steps_down_the_documented_ladder(checkpoints: Checkpoints
     # Another process takes memory between the plan and the load: three layers fit, then no more.
     blocks = {p.block: p.weights for p in plan.placements}
     sim.set_cap(blocks["model.embed_tokens"] + 3 * blocks["model.layers.0"] + 1000)
-    events: list[LoadEvent] = []
-    loaded = load(config, directory=directory, plan=plan, on_event=events.append)
+    loaded = load(config, directory=directory, plan=plan)
     report = loaded.report
     assert [(a.rung, a.outcome) for a in report.attempts] == [
         ("full", "out of memory"),
         ("fallback", "out of memory"),
         ("cpu", "loaded"),
     ]
+    # A look at the free bytes was enough: nothing was copied in vain.
+    assert [a.bytes_copied for a in report.attempts] == [0, 0, 0]
+    assert report.attempts[0].bytes_short == plan.devices[0].used - sim.cap(0)
+    assert report.attempts[0].reason.endswith(" is free")
+    assert greedy(loaded) == reference(directory)
     loaded.close()
 
 
@@ -270,6 +274,29 @@ def test_other_errors_surface_at_once_and_unchanged(checkpoints: Checkpoints, si
         load(ModelConfig(), directory=checkpoints("llama"), on_event=fail)
     assert [event.kind for event in seen] == ["map", "promote"]
     assert in_use(sim) == (0, 0)
+
+
+def test_a_failure_in_a_copying_thread_keeps_the_blocks_before_it(
+    checkpoints: Checkpoints, sim: SimulatedAccelerator
+) -> None:
+    plan = make_plan(ModelConfig(), read_checkpoint(checkpoints("llama")), probe_machine(with_torch=True))
+    # The eleventh tensor is the last of layer 0: embeddings, nine of the layer, then this one fails.
+    sim.fail_at(11)
+    loaded = load(ModelConfig(), directory=checkpoints("llama"), plan=plan)
+    failed = loaded.report.attempts[0]
+    assert failed.block == "model.layers.1"
+    assert failed.bytes_copied == sum(p.weights for p in plan.placements[:2])
+    assert sim.pinned() == 0
+    assert greedy(loaded) == reference(checkpoints("llama"))
+    loaded.close()
+
+
+def test_a_model_is_found_by_the_id_in_its_configuration(checkpoints: Checkpoints) -> None:
+    loaded = load(ModelConfig(model_id=str(checkpoints("llama")), device_map="cpu"))
+    assert loaded.plan.model == "llama"
+    loaded.close()
+    with pytest.raises(ModelUnavailableError, match="there is no such folder"):
+        load(ModelConfig(model_id="./nowhere"))
 
 
 # Dtypes and quantization.

@@ -29,7 +29,7 @@ NOT_NAMED: Final = frozenset({"default", "file"})
 """Origins of `model_id` that no person stated for this run."""
 
 _USING: Final = "using the bundled model"
-_SAMPLING: Final = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+_GENERATION: Final = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 Answer = Literal["download", "bundled"]
 
@@ -155,19 +155,20 @@ def _written_for_another_model(
 
     A map of module names, a context beyond the bundled model's and a quantization that saves memory on billions of
     weights would each turn "use the bundled model" into an error; sampling that suits a large model makes a small one
-    babble. What a person set for this run stays.
+    babble; limits of memory and length made for gigabytes only bring warnings. What a person set for this run stays.
     """
     found = {
         "device_map": isinstance(config.device_map, dict),
         "context_length": config.context_length is not None,
         "dtype": config.dtype is not None,
+        "max_memory": config.max_memory is not None,
         "load_in_8bit": config.load_in_8bit,
         "load_in_4bit": config.load_in_4bit,
     }
     ignored = [key for key, is_set in found.items() if is_set and origins.get(key) in NOT_NAMED]
     changes: dict[str, Any] = {key: False if key.startswith("load_in") else None for key in ignored}
     settings = dict(config.pipeline_kwargs or {})
-    sampling = [key for key in _SAMPLING if key in settings and origins.get(f"pipeline_kwargs.{key}") in NOT_NAMED]
+    sampling = [key for key in _GENERATION if key in settings and origins.get(f"pipeline_kwargs.{key}") in NOT_NAMED]
     if sampling:
         changes["pipeline_kwargs"] = {key: value for key, value in settings.items() if key not in sampling}
     return changes, (*ignored, *sampling)

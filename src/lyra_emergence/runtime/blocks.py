@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +29,8 @@ __all__ = ["REST", "LoadedForm", "PlacedBlock", "split_into_blocks"]
 
 REST = ""
 """The name of the block that holds what no block of the checkpoint claims, such as rotary tables."""
+COPY_THREADS = 4
+"""Tensors of a block that are copied at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +55,25 @@ class _Copies:
         self._form = form
         self._alive: weakref.WeakValueDictionary[tuple[int, str], torch.Tensor] = weakref.WeakValueDictionary()
 
-    def get(self, home: torch.Tensor, device: str) -> torch.Tensor:
-        """Return `home` on `device` in the loaded form, copying it unless a copy is alive or none is needed."""
-        converted = isinstance(home, nn.Parameter) and home.is_floating_point() and home.dtype != self._form.dtype
-        if device == "cpu" and not converted:
-            return home
-        key = (id(home), device)
-        copy = self._alive.get(key)
-        if copy is None:
-            data = home.detach()
-            data = (data.to(self._form.dtype) if converted else data).to(device)
-            copy = nn.Parameter(data, requires_grad=False) if isinstance(home, nn.Parameter) else data
-            self._alive[key] = copy
-        return copy
+    def get(self, homes: Sequence[torch.Tensor], device: str) -> list[torch.Tensor]:
+        """Return each of `homes` on `device` in the loaded form, copied where no copy is alive and one is needed."""
+        wanted = {id(home): home for home in homes if device != "cpu" or self._is_converted(home)}
+        alive = {key: copy for key in wanted if (copy := self._alive.get((key, device))) is not None}
+        missing = [home for key, home in wanted.items() if key not in alive]
+        # Pages of the map fault in while others are copied: one thread waits for them, several do not.
+        with ThreadPoolExecutor(COPY_THREADS) as pool:
+            made = list(pool.map(partial(self._copy, device=device), missing))
+        for home, copy in zip(missing, made, strict=True):
+            alive[id(home)] = self._alive[id(home), device] = copy
+        return [alive.get(id(home), home) for home in homes]
+
+    def _is_converted(self, home: torch.Tensor) -> bool:
+        return isinstance(home, nn.Parameter) and home.is_floating_point() and home.dtype != self._form.dtype
+
+    def _copy(self, home: torch.Tensor, device: str) -> torch.Tensor:
+        data = home.detach()
+        data = (data.to(self._form.dtype) if self._is_converted(home) else data).to(device)
+        return nn.Parameter(data, requires_grad=False) if isinstance(home, nn.Parameter) else data
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +144,8 @@ class PlacedBlock:
             return 0
         if device == self.device and not self._at_home:
             return 0
-        tensors = [(slot, self._copies.get(slot.home, device)) for slot in self._slots]
+        copies = self._copies.get([slot.home for slot in self._slots], device)
+        tensors = list(zip(self._slots, copies, strict=True))
         modules = [(p, quantized_module(p.home, self._form, device)) for p in self._projections]
         for slot, tensor in tensors:
             slot.hold(tensor)

@@ -1,6 +1,7 @@
 """Going down the ladder of a plan: promote block by block, and when memory runs out keep what the next rung keeps.
 
-Nothing is loaded twice: a block that is already where the next rung wants it stays, and a block that has to leave an
+A rung is looked at before it is tried: where what is free now is less than what it needs, nothing is copied. Nothing is
+loaded twice: a block that is already where the next rung wants it stays, and a block that has to leave an
 accelerator points back at the checkpoint's map. Recovery happens after the `except` block: while the exception lives,
 its frames hold the tensors of the failed copy.
 """
@@ -8,14 +9,16 @@ its frames hold the tensors of the failed copy.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from lyra_emergence.errors import DoesNotFitError, is_out_of_memory, without_frames
-from lyra_emergence.load_report import Attempt, LoadEvent, Outcome
+from lyra_emergence.load_report import Attempt, LoadEvent
 from lyra_emergence.runtime.blocks import REST
 from lyra_emergence.runtime.memory import allocated_bytes, free_bytes, give_back
+from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +30,17 @@ if TYPE_CHECKING:
 __all__ = ["Ladder"]
 
 CPU = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Memory that ran out, or would: why, at which block and device, by how many bytes, and torch's error if any."""
+
+    reason: str
+    block: str
+    device: str
+    bytes_short: int
+    cause: BaseException | None
 
 
 class Ladder:
@@ -48,7 +62,7 @@ class Ladder:
         """
         for rung in self._plan.rungs[: self._plan.start]:
             self._pass_over(rung, rung.reason)
-        failure: BaseException | None = None
+        failure: _Failure | None = None
         loaded = False
         try:
             for rung in self._plan.rungs[self._plan.start :]:
@@ -63,7 +77,8 @@ class Ladder:
         finally:
             if not loaded:
                 self.release()
-        raise self._refusal() from failure
+        assert failure is not None  # the plan's start rung was tried
+        raise self._refusal(failure) from failure.cause
 
     def release(self) -> None:
         """Drop every copy of every block."""
@@ -79,16 +94,55 @@ class Ladder:
         if not rung.adaptive:
             return rung.placements if rung.fits else ()
         layers = [p.block for p in self._plan.placements if p.kind == "layer"]
-        kept = sum(self._blocks[name].device != CPU for name in layers)
+        # Where memory ran out in the middle, what was promoted is what fits; where a look was enough, ask the bytes.
+        promoted = sum(self._blocks[name].device != CPU for name in layers)
         limits = {d: allocated_bytes(d) + free_bytes(d) for d in self._accelerators}
-        return self._plan.with_layers(kept, limits) if kept else ()
+        return self._plan.with_layers(promoted or len(layers), limits)
 
-    def _attempt(self, rung: Rung, placements: Sequence[Placement]) -> BaseException | None:
-        """Bring every block where `placements` wants it; return the out-of-memory error that stopped it, if any."""
+    def _attempt(self, rung: Rung, placements: Sequence[Placement]) -> _Failure | None:
+        """Bring every block where `placements` wants it; return what stopped it, if memory did."""
         before, started, copied = self._allocated(), time.perf_counter(), 0
-        failure: BaseException | None = None
-        where = REST
+        failure = self._shortfall(placements)
+        if failure is None:
+            copied, failure = self._promote(placements)
+        self.attempts.append(
+            Attempt(
+                rung=rung.name,
+                outcome="loaded" if failure is None else "out of memory",
+                reason=failure.reason if failure else "",
+                block=failure.block if failure else "",
+                bytes_short=failure.bytes_short if failure else 0,
+                bytes_copied=copied,
+                seconds=time.perf_counter() - started,
+                device_bytes_before=before,
+                device_bytes_after=self._allocated(),
+            )
+        )
+        if failure is not None:
+            self._tell(LoadEvent("rung-failed", f"{rung.name}: out of memory on {failure.device}, {failure.reason}"))
+        return failure
+
+    def _shortfall(self, placements: Sequence[Placement]) -> _Failure | None:
+        """Compare what each accelerator would hold with what is free now: a look costs less than a copy that fails."""
+        for use in self._plan.use_of(tuple(placements)):
+            if use.device not in self._accelerators:
+                continue
+            held = sum(p.weights for p in self._plan.placements if self._is_on(p.block, use.device))
+            available = held + free_bytes(use.device)
+            needed = use.weights + use.kv_cache + use.activations
+            if needed > available:
+                reason = f"it needs {format_bytes(needed)}, {format_bytes(available)} is free"
+                return _Failure(reason, REST, use.device, needed - available, None)
+        return None
+
+    def _is_on(self, name: str, device: str) -> bool:
+        return name in self._blocks and self._blocks[name].device == device
+
+    def _promote(self, placements: Sequence[Placement]) -> tuple[int, _Failure | None]:
+        """Copy block by block; return the bytes copied, and what stopped it, if memory did."""
+        copied, where, device = 0, REST, CPU
         total = sum(p.weights for p in placements if p.device in self._accelerators)
+        stopped: BaseException | None = None
         try:
             for where, device in self._moves(placements):
                 moved = self._blocks[where].move_to(device)
@@ -96,31 +150,19 @@ class Ladder:
                 if moved and where != REST:
                     self._tell(LoadEvent("promote", f"{where} is on {device}", copied, total))
             where = REST
-            self._prove_reserve(placements)
+            for device, reserve in self._reserves(placements):
+                # Proves that the KV cache and the activations have room, and lets it go again.
+                torch.empty(reserve, dtype=torch.uint8, device=device)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            failure = without_frames(error)
-        if failure is not None:
-            give_back()
-        outcome: Outcome = "loaded" if failure is None else "out of memory"
-        self.attempts.append(
-            Attempt(
-                rung.name,
-                outcome,
-                str(failure or "").split("\n")[0],
-                where,
-                self._bytes_short(where, placements) if failure else 0,
-                copied,
-                time.perf_counter() - started,
-                before,
-                self._allocated(),
-            )
-        )
-        if failure is not None:
-            at = f" at {where}" if where else " for the KV cache and activations"
-            self._tell(LoadEvent("rung-failed", f"{rung.name}: out of memory{at}"))
-        return failure
+            stopped = without_frames(error)
+        if stopped is None:
+            return copied, None
+        give_back()
+        at = where or "the KV cache and activations"
+        reason = f"at {at}: {(str(stopped) or type(stopped).__name__).splitlines()[0]}"
+        return copied, _Failure(reason, where, device, self._bytes_short(where, device, placements), stopped)
 
     def _moves(self, placements: Sequence[Placement]) -> Iterator[tuple[str, str]]:
         """Demote what has to leave its accelerator, which frees what promotions need; then yield (block, device)."""
@@ -139,31 +181,24 @@ class Ladder:
         for name in sorted(wanted, key=lambda name: wanted[name] == CPU):
             yield name, wanted[name]
 
-    def _prove_reserve(self, placements: Sequence[Placement]) -> None:
-        """Allocate what the KV cache and the activations will take, and let it go again."""
+    def _reserves(self, placements: Sequence[Placement]) -> Iterator[tuple[str, int]]:
         for use in self._plan.use_of(tuple(placements)):
             reserve = use.kv_cache + use.activations
             if use.device in self._accelerators and reserve:
-                torch.empty(reserve, dtype=torch.uint8, device=use.device)
+                yield use.device, reserve
 
-    def _bytes_short(self, block: str, placements: Sequence[Placement]) -> int:
-        chosen = next((p for p in placements if p.block == block), None)
-        device = chosen.device if chosen else next(iter(self._accelerators), CPU)
-        use = next((u for u in self._plan.use_of(tuple(placements)) if u.device == device), None)
-        reserve = use.kv_cache + use.activations if use else 0
-        needed = reserve + (chosen.weights if chosen else 0)
-        return max(0, needed - free_bytes(device))
+    def _bytes_short(self, block: str, device: str, placements: Sequence[Placement]) -> int:
+        weights = sum(p.weights for p in placements if p.block == block)
+        return max(0, weights + dict(self._reserves(placements)).get(device, 0) - free_bytes(device))
 
     def _allocated(self) -> dict[str, int]:
         return {device: allocated_bytes(device) for device in self._accelerators}
 
-    def _refusal(self) -> DoesNotFitError:
-        failed = next(attempt for attempt in reversed(self.attempts) if attempt.outcome == "out of memory")
-        device = next(iter(self._accelerators), CPU) if failed.rung != "cpu" else CPU
-        free = free_bytes(device)
-        allowed = any(rung.name == "cpu" for rung in self._plan.rungs)
+    def _refusal(self, failure: _Failure) -> DoesNotFitError:
+        free = free_bytes(failure.device)
         hint = 'close what else uses the memory, shorten the context, or set "load_in_4bit": true'
-        if not allowed:
+        if not any(rung.name == "cpu" for rung in self._plan.rungs):
             hint = 'set "enable_progressive_fallback": true, or a lower "max_memory"'
-        message = f"out of memory on {device} while loading '{self._plan.model}': {failed.reason}"
-        return DoesNotFitError(message, needed=free + failed.bytes_short, available=free, device=device, hint=hint)
+        message = f"out of memory on {failure.device} while loading '{self._plan.model}': {failure.reason}"
+        needed = free + failure.bytes_short
+        return DoesNotFitError(message, needed=needed, available=free, device=failure.device, hint=hint)
