@@ -15,7 +15,7 @@ if __name__ != "lyra_emergence":
 if TYPE_CHECKING:
     from lyra_emergence.chat import ChatSession
     from lyra_emergence.checkpoint import CheckpointIndex, read_checkpoint
-    from lyra_emergence.config import ModelConfig, load_config, save_config
+    from lyra_emergence.config import ModelConfig, load_config, resolve_config, save_config
     from lyra_emergence.device_fallback import (
         safe_load_embeddings,
         safe_load_model,
@@ -23,20 +23,23 @@ if TYPE_CHECKING:
         safe_load_pipeline,
         safe_load_pipeline_legacy,
     )
+    from lyra_emergence.errors import ConfigError, DoesNotFitError, GenerationError, LyraError
     from lyra_emergence.footprint import Footprint, estimate_footprint
     from lyra_emergence.generation import Chunk, GenerationOptions, stream_generate
+    from lyra_emergence.hub import find_local
     from lyra_emergence.langchain import LyraPipeline
     from lyra_emergence.loading import LoadedModel, LoadReport, load
-    from lyra_emergence.plan import Placement, Plan, make_plan
-
-    from lyra_emergence.errors import LyraError
     from lyra_emergence.machine import Machine, probe_machine
+    from lyra_emergence.plan import Placement, Plan, make_plan
 
 _HOMES = {
     "ChatSession": "chat",
     "CheckpointIndex": "checkpoint",
     "Chunk": "generation",
+    "ConfigError": "errors",
+    "DoesNotFitError": "errors",
     "Footprint": "footprint",
+    "GenerationError": "errors",
     "GenerationOptions": "generation",
     "LoadReport": "loading",
     "LoadedModel": "loading",
@@ -47,11 +50,13 @@ _HOMES = {
     "Placement": "plan",
     "Plan": "plan",
     "estimate_footprint": "footprint",
+    "find_local": "hub",
     "load": "loading",
     "load_config": "config",
     "make_plan": "plan",
     "probe_machine": "machine",
     "read_checkpoint": "checkpoint",
+    "resolve_config": "config",
     "safe_load_embeddings": "device_fallback",
     "safe_load_model": "device_fallback",
     "safe_load_model_with_config": "device_fallback",
@@ -65,7 +70,10 @@ __all__ = [
     "ChatSession",
     "CheckpointIndex",
     "Chunk",
+    "ConfigError",
+    "DoesNotFitError",
     "Footprint",
+    "GenerationError",
     "GenerationOptions",
     "LoadReport",
     "LoadedModel",
@@ -76,11 +84,13 @@ __all__ = [
     "Placement",
     "Plan",
     "estimate_footprint",
+    "find_local",
     "load",
     "load_config",
     "make_plan",
     "probe_machine",
     "read_checkpoint",
+    "resolve_config",
     "safe_load_embeddings",
     "safe_load_model",
     "safe_load_model_with_config",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lyra_emergence.config import ModelConfig
     from lyra_emergence.langchain import LyraPipeline
-    from lyra_emergence.pipeline_arguments import PipelineArguments
+    from lyra_emergence.loaders.pipeline_arguments import PipelineArguments
 
 __all__ = [
     "log_events",
@@ -93,7 +93,7 @@ def safe_load_pipeline(
         ModelUnavailableError: The model is neither on disk nor to be had from the hub.
         DoesNotFitError: It fits nowhere.
     """
-    from lyra_emergence.pipeline_arguments import read_arguments
+    from lyra_emergence.loaders.pipeline_arguments import read_arguments
 
     asked = read_arguments({**kwargs, "model_id": model_id, "task": task})
     config = resolve_config(config_path, overrides=asked.overrides, overrides_origin="call").config
@@ -124,13 +124,13 @@ def safe_load_model_with_config(
         DoesNotFitError: Memory ran out and no fallback is left or allowed.
         BaseException: Whatever else the loader raises, unchanged.
     """
-    from lyra_emergence.loader_ladder import call_with_fallback
+    from lyra_emergence.loaders.ladder import call_with_fallback
 
     config = config if config is not None else load_config()
     loader, args, kwargs = _unwrapped(model_loader, args, kwargs)
     if not _is_pipeline_loader(loader):
         return call_with_fallback(loader, config, args, kwargs, on_event)
-    from lyra_emergence.pipeline_arguments import lay_over, named, read_arguments
+    from lyra_emergence.loaders.pipeline_arguments import lay_over, named, read_arguments
 
     asked = read_arguments(named(args, kwargs))
     return cast("T", _load_pipeline(lay_over(config, asked.overrides), asked, on_event))
@@ -151,7 +151,7 @@ def safe_load_model(
     Raises:
         BaseException: Whatever the loader raises for another reason, unchanged.
     """
-    from lyra_emergence.loader_ladder import call_or_cpu
+    from lyra_emergence.loaders.ladder import call_or_cpu
 
     return call_or_cpu(model_loader, args, kwargs, on_event)
 

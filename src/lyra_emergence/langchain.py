@@ -17,8 +17,8 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_huggingface import HuggingFacePipeline
 from pydantic import PrivateAttr
 
-from lyra_emergence.config_generation import check_pipeline_kwargs
-from lyra_emergence.config_problems import Problems
+from lyra_emergence.config.generation import check_pipeline_kwargs
+from lyra_emergence.config.problems import Problems
 from lyra_emergence.errors import GenerationError
 from lyra_emergence.generation import Chunk, GenerationOptions, stream_generate
 

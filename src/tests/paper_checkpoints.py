@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.checkpoint import CheckpointIndex, read_checkpoint
-from lyra_emergence.safetensors_header import DTYPE_BITS
+from lyra_emergence.checkpoint.safetensors_header import DTYPE_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lyra_emergence.architecture import TIED_BY_DEFAULT
 from lyra_emergence.checkpoint import CheckpointIndex, read_checkpoint
+from lyra_emergence.checkpoint.architecture import TIED_BY_DEFAULT
+from lyra_emergence.checkpoint.json_files import DAMAGED
+from lyra_emergence.checkpoint.safetensors_header import DTYPE_BITS, TensorInfo, read_header
 from lyra_emergence.errors import CheckpointError
-from lyra_emergence.hub_files import select_files
-from lyra_emergence.json_files import DAMAGED
-from lyra_emergence.safetensors_header import DTYPE_BITS, TensorInfo, read_header
+from lyra_emergence.hub.files import select_files
 
 if TYPE_CHECKING:
     from pathlib import Path

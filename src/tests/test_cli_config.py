@@ -141,7 +141,7 @@ def test_show_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 def test_schema_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = lyra(capsys, "schema")
     assert (status, json.loads(out), err) == (0, config_schema(), "")
-    assert out == (ROOT / "src/lyra_emergence/model_config.schema.json").read_text()
+    assert out == (ROOT / "src/lyra_emergence/config/model_config.schema.json").read_text()
 
 
 # init

@@ -142,15 +142,16 @@ def test_planning_never_asks_the_hub_for_a_named_model(tmp_path: Path) -> None:
 
 def test_settings_written_for_another_model_do_not_reach_the_bundled_one(tmp_path: Path) -> None:
     text = """{"model_id": "some/model", "device_map": {"model.layers.0": "cpu"}, "context_length": 100000,
-               "load_in_4bit": true, "gpu_layers_fallback": 16,
+               "load_in_4bit": true, "gpu_layers_fallback": 16, "max_memory": {"0": "6GB"},
                "pipeline_kwargs": {"max_new_tokens": 4000, "do_sample": true, "temperature": 0.7}}"""
     choice = find_model(resolved(tmp_path, text), source=Hub())
     config = choice.config
     assert (config.device_map, config.context_length, config.load_in_4bit) == (None, None, False)
-    assert (config.gpu_layers_fallback, config.pipeline_kwargs) == (16, {"max_new_tokens": 4000})
+    assert (config.gpu_layers_fallback, config.pipeline_kwargs, config.max_memory) == (16, {}, None)
     assert len(choice.notes) == 1
     assert choice.notes[0].endswith(
-        "planning the bundled model, which ignores device_map, context_length, load_in_4bit, do_sample, temperature"
+        "planning the bundled model, which ignores device_map, context_length, load_in_4bit, max_memory, "
+        "max_new_tokens, do_sample, temperature"
     )
 
 

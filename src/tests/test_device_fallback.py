@@ -136,7 +136,7 @@ def test_each_step_down_is_logged_under_the_documented_name(
     assert [(a.rung, a.outcome) for a in llm.report.attempts] == [("full", "out of memory"), ("fallback", "loaded")]
     assert (on(llm, "sim:0"), on(llm, "cpu")) == (2, 2)
     records = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == LOGGER]
-    assert ("WARNING", "full: out of memory at model.layers.2") in records
+    assert ("WARNING", "full: out of memory on sim:0 at model.layers.2") in records
     assert ("DEBUG", "model.layers.1 is on sim:0") in records
     assert records[0] == ("DEBUG", "llama is open, 39 tensors mapped")
     assert records[-1][0] == "INFO"
@@ -152,7 +152,10 @@ def test_without_debug_only_the_fallback_is_told(
     llm = safe_load_pipeline(str(checkpoints("llama")), TASK, model_kwargs={"gpu_layers_fallback": 2})
     assert llm.report.rung == "cpu"
     told = [r.getMessage() for r in caplog.records if r.name == LOGGER]
-    assert [message.partition(" at ")[0] for message in told] == ["full: out of memory", "fallback: out of memory"]
+    assert [message.partition(" at ")[0] for message in told] == [
+        "full: out of memory on sim:0",
+        "fallback: out of memory on sim:0",
+    ]
     assert llm.invoke(PROMPT, max_new_tokens=100) == REST
     llm.loaded.close()
 

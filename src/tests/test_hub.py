@@ -17,8 +17,8 @@ import pytest
 from lyra_emergence.bundled import BUNDLED_ID, bundled_directory
 from lyra_emergence.errors import ModelUnavailableError
 from lyra_emergence.hub import RemoteModel, download, find_local, look_up
-from lyra_emergence.hub_errors import UNREACHABLE_HINT
-from lyra_emergence.hub_files import select_files
+from lyra_emergence.hub.errors import UNREACHABLE_HINT
+from lyra_emergence.hub.files import select_files
 
 from .standin_hub import Fault, StandInHub
 
@@ -570,7 +570,7 @@ def test_an_unfinished_download_does_not_replace_the_snapshot_before(hub: StandI
 def test_the_remaining_refusals() -> None:
     from huggingface_hub.errors import DisabledRepoError
 
-    from lyra_emergence.hub_errors import unavailable
+    from lyra_emergence.hub.errors import unavailable
 
     disabled = unavailable(ID, http_error(DisabledRepoError, 403))
     assert (str(disabled), disabled.hint) == (f"the hub has disabled {ID}", "choose another model")

@@ -24,7 +24,7 @@ from lyra_emergence.config import (
     resolve_config,
     save_config,
 )
-from lyra_emergence.config_generation import GENERATION_SETTINGS
+from lyra_emergence.config.generation import GENERATION_SETTINGS
 from lyra_emergence.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -669,7 +669,7 @@ def test_a_variable_that_looks_like_a_slip_is_a_note() -> None:
 
 
 def test_the_shipped_schema_is_the_models() -> None:
-    shipped = ROOT / "src/lyra_emergence/model_config.schema.json"
+    shipped = ROOT / "src/lyra_emergence/config/model_config.schema.json"
     assert json.loads(shipped.read_text()) == config_schema()
 
 

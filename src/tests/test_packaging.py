@@ -57,7 +57,7 @@ def test_the_wheel_holds_the_library_whole_and_nothing_else(wheel: zipfile.ZipFi
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert held == present
-    assert {"lyra_emergence/py.typed", "lyra_emergence/model_config.schema.json"} <= held
+    assert {"lyra_emergence/py.typed", "lyra_emergence/config/model_config.schema.json"} <= held
 
 
 def test_the_wheel_brings_the_bundled_model(wheel: zipfile.ZipFile) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lyra_emergence.config_model import EXAMPLE, ModelConfig
+from lyra_emergence.config.model import EXAMPLE, ModelConfig
 from lyra_emergence.errors import ConfigError, DoesNotFitError
 from lyra_emergence.machine import Device, Machine
 from lyra_emergence.plan import Plan, Rung, make_plan
@@ -425,7 +425,7 @@ def test_a_context_that_was_asked_for_is_never_shortened(phi2: CheckpointIndex) 
         "the model does not fit: it needs 796 MB of cpu (weights 0 B, KV cache 671 MB, activations 125 MB), "
         "which has 500 MB"
     )
-    assert error.hint == 'try a shorter context (--context 512), or "load_in_4bit": true, or a smaller model'
+    assert error.hint == "try a shorter context (--context 512), or a smaller model"
     assert error.exit_code == 3
 
 

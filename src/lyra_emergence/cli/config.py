@@ -136,14 +136,12 @@ def schema_command() -> int:
 @config_app.command("init")
 def init_command(
     *,
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="the file to write")] = Path(
-        "config/model_config.json"
-    ),
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="the file to write")] = Path("config/model_config.json"),
     force: Annotated[bool, typer.Option("--force", help="replace a file that is there")] = False,
 ) -> int:
     """Write the documented example, and its schema."""
-    from lyra_emergence.config_files import write_whole
-    from lyra_emergence.config_model import EXAMPLE
+    from lyra_emergence.config.files import write_whole
+    from lyra_emergence.config.model import EXAMPLE
 
     schema = path.with_name(_SCHEMA_NAME)
     if path == schema:

@@ -34,9 +34,10 @@ CPU = "cpu"
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """Memory that ran out, or would: why, at which block and device, by how many bytes, and torch's error if any."""
+    """Memory that ran out, or would: why and where in words, block, device, bytes missing, and torch's error if any."""
 
     reason: str
+    where: str
     block: str
     device: str
     bytes_short: int
@@ -119,7 +120,7 @@ class Ladder:
             )
         )
         if failure is not None:
-            self._tell(LoadEvent("rung-failed", f"{rung.name}: out of memory on {failure.device}, {failure.reason}"))
+            self._tell(LoadEvent("rung-failed", f"{rung.name}: out of memory on {failure.device}{failure.where}"))
         return failure
 
     def _shortfall(self, placements: Sequence[Placement]) -> _Failure | None:
@@ -131,8 +132,8 @@ class Ladder:
             available = held + free_bytes(use.device)
             needed = use.weights + use.kv_cache + use.activations
             if needed > available:
-                reason = f"it needs {format_bytes(needed)}, {format_bytes(available)} is free"
-                return _Failure(reason, REST, use.device, needed - available, None)
+                reason = f"needs {format_bytes(needed)}, {format_bytes(available)} is free"
+                return _Failure(reason, f", {reason}", REST, use.device, needed - available, None)
         return None
 
     def _is_on(self, name: str, device: str) -> bool:
@@ -160,9 +161,9 @@ class Ladder:
         if stopped is None:
             return copied, None
         give_back()
-        at = where or "the KV cache and activations"
-        reason = f"at {at}: {(str(stopped) or type(stopped).__name__).splitlines()[0]}"
-        return copied, _Failure(reason, where, device, self._bytes_short(where, device, placements), stopped)
+        at = f" at {where}" if where else " for the KV cache and activations"
+        reason = (str(stopped) or type(stopped).__name__).splitlines()[0]
+        return copied, _Failure(reason, at, where, device, self._bytes_short(where, device, placements), stopped)
 
     def _moves(self, placements: Sequence[Placement]) -> Iterator[tuple[str, str]]:
         """Demote what has to leave its accelerator, which frees what promotions need; then yield (block, device)."""

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from lyra_emergence.architecture import context_length, language_config
-from lyra_emergence.blocks import Block, find_blocks
 from lyra_emergence.bundled import BUNDLED_ID, bundled_directory
+from lyra_emergence.checkpoint.architecture import context_length, language_config
+from lyra_emergence.checkpoint.blocks import Block, find_blocks
+from lyra_emergence.checkpoint.json_files import DAMAGED, read_object, shown
+from lyra_emergence.checkpoint.safetensors_header import TensorInfo, read_header
 from lyra_emergence.errors import CheckpointError
-from lyra_emergence.json_files import DAMAGED, read_object, shown
-from lyra_emergence.safetensors_header import TensorInfo, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lyra_emergence.config_problems import did_you_mean, mismatch, shown
+from lyra_emergence.config.problems import did_you_mean, mismatch, shown
 
 if TYPE_CHECKING:
-    from lyra_emergence.config_problems import Problems
+    from lyra_emergence.config.problems import Problems
 
 __all__ = ["GENERATION_SETTINGS", "Setting", "check_pipeline_kwargs", "pipeline_kwargs_schema"]
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from lyra_emergence.config_checks import CHECKS, DTYPES, TASKS, check_together, check_values
-from lyra_emergence.config_devices import AMOUNT_PATTERN, DEVICE_PATTERN, MAP_PATTERN, budget_bytes
-from lyra_emergence.config_generation import pipeline_kwargs_schema
-from lyra_emergence.config_problems import Problems
+from lyra_emergence.config.checks import CHECKS, DTYPES, TASKS, check_together, check_values
+from lyra_emergence.config.devices import AMOUNT_PATTERN, DEVICE_PATTERN, MAP_PATTERN, budget_bytes
+from lyra_emergence.config.generation import pipeline_kwargs_schema
+from lyra_emergence.config.problems import Problems
 
 if TYPE_CHECKING:
     from typing import Self

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lyra_emergence.config_devices import check_device_map, check_max_memory
-from lyra_emergence.config_generation import GENERATION_SETTINGS, check_pipeline_kwargs
-from lyra_emergence.config_problems import Problems, did_you_mean, mismatch, shown
+from lyra_emergence.config.devices import check_device_map, check_max_memory
+from lyra_emergence.config.generation import GENERATION_SETTINGS, check_pipeline_kwargs
+from lyra_emergence.config.problems import Problems, did_you_mean, mismatch, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lyra_emergence.checkpoint.json_files import shown
 from lyra_emergence.errors import CheckpointError
-from lyra_emergence.json_files import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -14,9 +14,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from lyra_emergence.config_checks import CHECKS, check_values
-from lyra_emergence.config_json import parse_json_object
-from lyra_emergence.config_problems import Problems, did_you_mean, shown
+from lyra_emergence.config.checks import CHECKS, check_values
+from lyra_emergence.config.problems import Problems, did_you_mean, shown
+from lyra_emergence.config.strict_json import parse_json_object
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,12 +11,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lyra_emergence.architecture import language_config, whole_number
+from lyra_emergence.checkpoint.architecture import language_config, whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lyra_emergence.safetensors_header import TensorInfo
+    from lyra_emergence.checkpoint.safetensors_header import TensorInfo
 
 __all__ = ["Roles", "Surroundings", "find_roles"]
 

@@ -10,10 +10,10 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from lyra_emergence.config_problems import shown
+from lyra_emergence.config.problems import shown
 
 if TYPE_CHECKING:
-    from lyra_emergence.config_problems import Problems
+    from lyra_emergence.config.problems import Problems
 
 __all__ = ["parse_json_object"]
 

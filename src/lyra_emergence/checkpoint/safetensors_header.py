@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lyra_emergence.checkpoint.json_files import DAMAGED, open_regular, parse_object, shown
 from lyra_emergence.errors import CheckpointError
-from lyra_emergence.json_files import DAMAGED, open_regular, parse_object, shown
 from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:

@@ -20,14 +20,14 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from lyra_emergence.architecture import prediction_layers, stated_layers, ties_embeddings, usual_head
+from lyra_emergence.checkpoint.architecture import prediction_layers, stated_layers, ties_embeddings, usual_head
+from lyra_emergence.checkpoint.roles import Roles, Surroundings, find_roles
 from lyra_emergence.errors import CheckpointError
-from lyra_emergence.roles import Roles, Surroundings, find_roles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from lyra_emergence.safetensors_header import TensorInfo
+    from lyra_emergence.checkpoint.safetensors_header import TensorInfo
 
 __all__ = ["Block", "BlockKind", "find_blocks"]
 

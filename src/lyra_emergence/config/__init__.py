@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lyra_emergence.config_checks import check_together, check_values
-from lyra_emergence.config_devices import budget_bytes, device_key
-from lyra_emergence.config_environment import parse_memory_limits, read_environment, variable_for
-from lyra_emergence.config_files import CONFIG_LOCATIONS, discover, read_config_file, write_config_file
-from lyra_emergence.config_model import ModelConfig, config_schema
-from lyra_emergence.config_problems import Problems
+from lyra_emergence.config.checks import check_together, check_values
+from lyra_emergence.config.devices import budget_bytes, device_key
+from lyra_emergence.config.environment import parse_memory_limits, read_environment, variable_for
+from lyra_emergence.config.files import CONFIG_LOCATIONS, discover, read_config_file, write_config_file
+from lyra_emergence.config.model import ModelConfig, config_schema
+from lyra_emergence.config.problems import Problems
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lyra_emergence.config_checks import check_values
-from lyra_emergence.config_json import parse_json_object
-from lyra_emergence.config_problems import Problems
+from lyra_emergence.config.checks import check_values
+from lyra_emergence.config.problems import Problems
+from lyra_emergence.config.strict_json import parse_json_object
 from lyra_emergence.errors import LyraError
 
 __all__ = ["CONFIG_LOCATIONS", "discover", "read_config_file", "write_config_file", "write_whole"]

@@ -19,11 +19,11 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-from lyra_emergence.config_problems import did_you_mean, mismatch, shown
+from lyra_emergence.config.problems import did_you_mean, mismatch, shown
 from lyra_emergence.units import parse_bytes, parse_fraction
 
 if TYPE_CHECKING:
-    from lyra_emergence.config_problems import Problems
+    from lyra_emergence.config.problems import Problems
 
 __all__ = [
     "AMOUNT_PATTERN",

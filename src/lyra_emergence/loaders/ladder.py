@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lyra_emergence.config_devices import AUTOMATIC, budget_bytes
+from lyra_emergence.config.devices import AUTOMATIC, budget_bytes
 from lyra_emergence.errors import DoesNotFitError, LyraError, is_out_of_memory, without_frames
 from lyra_emergence.load_report import LoadEvent
-from lyra_emergence.loader_call import LoaderCall
+from lyra_emergence.loaders.call import LoaderCall
 from lyra_emergence.machine import Machine, probe_machine
 from lyra_emergence.plan import hf_device
 

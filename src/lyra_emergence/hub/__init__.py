@@ -21,16 +21,16 @@ from urllib.parse import quote
 
 from lyra_emergence.bundled import BUNDLED_ID, bundled_directory
 from lyra_emergence.checkpoint import CONFIG_FILE
+from lyra_emergence.checkpoint.json_files import read_object, shown
 from lyra_emergence.errors import CheckpointError, ModelUnavailableError
-from lyra_emergence.hub_errors import UNREACHABLE_HINT, gated, offline, unavailable
-from lyra_emergence.hub_files import has_weights, is_vocabulary, select_files
-from lyra_emergence.json_files import read_object, shown
+from lyra_emergence.hub.errors import UNREACHABLE_HINT, gated, offline, unavailable
+from lyra_emergence.hub.files import has_weights, is_vocabulary, select_files
 from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["RemoteModel", "download", "find_local", "look_up"]
+__all__ = ["RemoteModel", "download", "find_local", "locate", "look_up"]
 
 _ID = re.compile(r"(?:[A-Za-z0-9_][\w.\-]{0,95}/)?[A-Za-z0-9_][\w.\-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[\w.\-]+(?:/[\w.\-]+)*", re.ASCII)
@@ -112,6 +112,15 @@ def look_up(model_id: str, *, revision: str | None = None, timeout: float = 3.0)
     if listing.gated and token is None:
         raise gated(model_id)
     return _remote(model_id, revision, listing)
+
+
+def locate(model_id: str) -> Path:
+    """Return the folder of a model that a caller named, fetching it where it is not on this machine.
+
+    Raises:
+        ModelUnavailableError: It is neither here nor to be had.
+    """
+    return find_local(model_id) or download(look_up(model_id))
 
 
 def download(remote: RemoteModel, *, progress: Callable[[str, int, int], None] | None = None) -> Path:

@@ -1,0 +1,80 @@
+"""The same promises on a real GPU: tokens, steps down the ladder, quantization, and memory given back.
+
+Run in a process of their own (`uv run pytest -m gpu src/tests/test_gpu.py`): once the simulated accelerator is
+registered, torch takes it for the machine's accelerator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from lyra_emergence.checkpoint import read_checkpoint
+from lyra_emergence.config import ModelConfig
+from lyra_emergence.loading import load
+from lyra_emergence.machine import probe_machine
+from lyra_emergence.plan import make_plan
+
+from .families import FAMILIES
+from .running import greedy, reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    Checkpoints = Callable[[str], Path]
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_on_the_gpu() -> Iterator[None]:
+    if hasattr(torch, "sim"):
+        pytest.skip("the simulated accelerator is registered: run this file in a process of its own")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_rung_gives_the_cpus_tokens(family: str, checkpoints: Checkpoints) -> None:
+    directory = checkpoints(family)
+    config = ModelConfig(gpu_layers_fallback=2)
+    plan = make_plan(config, read_checkpoint(directory), probe_machine(with_torch=True))
+    for start, rung in enumerate(plan.rungs):
+        loaded = load(config, directory=directory, plan=replace(plan, start=start))
+        assert loaded.report.rung == rung.name
+        assert greedy(loaded) == reference(directory), rung.name
+        loaded.close()
+
+
+def test_real_out_of_memory_steps_down(checkpoints: Checkpoints) -> None:
+    directory = checkpoints("llama")
+    plan = make_plan(ModelConfig(), read_checkpoint(directory), probe_machine(with_torch=True))
+    # The look at the free bytes does not know this limit: the allocation itself fails.
+    torch.cuda.set_per_process_memory_fraction(1e-9)
+    loaded = load(ModelConfig(), directory=directory, plan=plan)
+    assert loaded.report.attempts[0].outcome == "out of memory"
+    assert "CUDA out of memory" in loaded.report.attempts[0].reason
+    assert loaded.report.rung == "cpu"
+    assert greedy(loaded) == reference(directory)
+    loaded.close()
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_quantized_blocks_on_the_gpu_and_on_the_cpu(bits: str, checkpoints: Checkpoints) -> None:
+    split = {"": 0, "model.layers.2": "cpu", "model.layers.3": "cpu"}
+    config = ModelConfig(device_map=split, dtype="bfloat16", **{f"load_in_{bits}": True})
+    loaded = load(config, directory=checkpoints("llama"))
+    planned = sum(p.weights for p in loaded.plan.placements if p.device == "cuda:0")
+    assert planned <= torch.cuda.memory_allocated() < planned + 2**20
+    assert len(greedy(loaded)) > 0
+    loaded.close()
