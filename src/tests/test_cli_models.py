@@ -150,7 +150,7 @@ def test_settings_written_for_another_model_do_not_reach_the_bundled_one(tmp_pat
     assert (config.gpu_layers_fallback, config.pipeline_kwargs, config.max_memory) == (16, {}, None)
     assert len(choice.notes) == 1
     assert choice.notes[0].endswith(
-        "planning the bundled model, which ignores device_map, context_length, load_in_4bit, max_memory, "
+        "planning the bundled model, which ignores device_map, context_length, max_memory, load_in_4bit, "
         "max_new_tokens, do_sample, temperature"
     )
 
