@@ -17,8 +17,8 @@ from lyra_emergence.loading import load
 from lyra_emergence.machine import probe_machine
 from lyra_emergence.plan import make_plan
 
-from .families import FAMILIES
-from .running import NEW_TOKENS, PROMPT, greedy, reference
+from .families import FAMILIES, make_tokenizer
+from .running import NEW_TOKENS, PROMPT, anonymous_bytes, greedy, reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -297,6 +297,22 @@ def test_a_model_is_found_by_the_id_in_its_configuration(checkpoints: Checkpoint
     loaded.close()
     with pytest.raises(ModelUnavailableError, match="there is no such folder"):
         load(ModelConfig(model_id="./nowhere"))
+
+
+def test_weights_stay_in_the_file(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 40_000, "hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 1}
+        vocab_size=40_000, hidden_size=512, intermediate_size=64, num_hidden_layers=1, dtype="bfloat16"
+    )
+    LlamaForCausalLM(LlamaConfig(**shape, dtype="bfloat16")).to(torch.bfloat16).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    before = anonymous_bytes()
+    loaded = load(ModelConfig(device_map="cpu"), directory=tmp_path)
+    assert loaded.report.bytes_mapped > 80_000_000
+    assert loaded.report.bytes_copied == 0
+    assert anonymous_bytes() - before < loaded.report.bytes_mapped // 10
+    loaded.close()
 
 
 # Dtypes and quantization.
