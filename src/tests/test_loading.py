@@ -303,8 +303,6 @@ def test_weights_stay_in_the_file(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"vocab_size": 40_000, "hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 1}
-        vocab_size=40_000, hidden_size=512, intermediate_size=64, num_hidden_layers=1, dtype="bfloat16"
-    )
     LlamaForCausalLM(LlamaConfig(**shape, dtype="bfloat16")).to(torch.bfloat16).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     before = anonymous_bytes()
