@@ -6,6 +6,7 @@ Foreign errors are recognised by type, and where huggingface_hub has no type of 
 from __future__ import annotations
 
 import errno
+import re
 from typing import TYPE_CHECKING
 
 from lyra_emergence.errors import ModelUnavailableError
@@ -23,6 +24,9 @@ _FORBIDDEN = 403
 _NOT_FOUND = 404
 _UNAUTHORIZED = 401
 _RATE_LIMITED = 429
+
+_ERROR_NUMBER = re.compile(r"^\[Errno -?\d+\] ")
+"""What the operating system puts before its message; it tells a person nothing."""
 
 
 def unavailable(model_id: str, error: BaseException, *, file: str = "") -> ModelUnavailableError:
@@ -146,4 +150,4 @@ def _endpoint() -> str:
 
 
 def _said(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+    return _ERROR_NUMBER.sub("", str(error).partition("\n")[0]) or type(error).__name__
