@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from training import words
+from training.wild import draw_wild
 
 # Words without weight when a question is matched with a sentence, and the verbs whose past hides their stem.
 _STOP = frozenset(words.VALUES["stop_word"])
@@ -89,9 +90,13 @@ class Event:
 
 @dataclass(slots=True)
 class World:
-    """The few people, places and things one journal keeps coming back to, so that distractors share them."""
+    """The few people, places and things one journal keeps coming back to, so that distractors share them.
+
+    In a plain one every sentence is short: no opening, no tail, a single clause.
+    """
 
     rng: random.Random
+    plain: bool = False
     pools: dict[str, list[str]] = field(default_factory=dict)
 
     def value(self, kind: str) -> str:
@@ -177,6 +182,8 @@ def tidy(text: str) -> str:
 def draw_event(world: World, given: Mapping[str, str] | None = None, frame: Frame | None = None) -> Event:
     """Draws one event; `given` fixes values by slot kind (the first slot of that kind takes it)."""
     rng, given = world.rng, dict(given or {})
+    if frame is None and rng.random() < 0.4:
+        return _wild_event(world, rng.choice(sorted(given.values())) if given else None)
     if frame is None:
         frame = _verb_frame(rng) if rng.random() < 0.22 else rng.choice(frames())
         for _ in range(12 if given else 0):
@@ -191,8 +198,18 @@ def draw_event(world: World, given: Mapping[str, str] | None = None, frame: Fram
             if list(values.values()).count(values[key]) > 1:
                 values[key] = words.value(kind, rng)
     full = tidy(words.fill(words.choose(statement, rng), values))
-    text, full, because = _decorate(full, rng)
+    text, full, because = (full, full, " because " in full) if world.plain else _decorate(full, rng)
     return Event(frame.key, frame.topics, values, text, full, asks, because)
+
+
+def _wild_event(world: World, given: str | None) -> Event:
+    if given is None and world.rng.random() < 0.3:
+        given = world.value(world.rng.choice(("name", "person", "place", "bare", "made")))
+    wild = draw_wild(world.rng, given, short=world.plain)
+    while not wild.asks:
+        wild = draw_wild(world.rng, given, short=world.plain)
+    text = tidy(wild.text)
+    return Event("wild:" + text, ("Notes", "Day", "Odds and ends"), wild.values, text, text, wild.asks, because=False)
 
 
 def _decorate(text: str, rng: random.Random) -> tuple[str, str, bool]:

@@ -64,6 +64,9 @@ class MasterWeights:
             torch.optim.AdamW(rest, lr=other_lr, betas=(0.9, 0.98), weight_decay=0.0),
         )
         self._peaks = (matrix_lr, other_lr)
+        self.probe = torch.nn.Linear(model.config.hidden_size, 2)
+        torch.nn.init.zeros_(self.probe.weight)
+        self._probe_optimizer = torch.optim.AdamW(self.probe.parameters(), lr=1e-2, weight_decay=0.0)
 
     def _pairs(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
         return ((p, self.masters[name]) for name, p in self.model.named_parameters())
@@ -81,10 +84,20 @@ class MasterWeights:
             optimizer.step()
         for weight, master in self._pairs():
             weight.copy_(master)
+        self._probe_optimizer.step()
+        self._probe_optimizer.zero_grad()
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Returns everything that takes gradients: the model's weights and the probe's."""
+        return [*self.model.parameters(), *self.probe.parameters()]
 
     def state(self) -> dict[str, object]:
         """Returns what a resumed run needs."""
-        return {"masters": self.masters, "optimizers": [o.state_dict() for o in self.optimizers]}
+        return {
+            "masters": self.masters,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "probe": self.probe.state_dict(),
+        }
 
     @torch.no_grad()
     def restore(self, state: dict[str, object]) -> None:
@@ -93,5 +106,7 @@ class MasterWeights:
             master.copy_(state["masters"][name])  # type: ignore[index]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):  # type: ignore[call-overload]
             optimizer.load_state_dict(saved)
+        if "probe" in state and state["probe"]["weight"].shape == self.probe.weight.shape:  # type: ignore[index]
+            self.probe.load_state_dict(state["probe"])  # type: ignore[arg-type]
         for weight, master in self._pairs():
             weight.copy_(master)

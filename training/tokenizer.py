@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from training.entries import Entry
-from training.questions import Example, draw_example
+from training.questions import STAGES, Example, draw_example
 
 BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
 USER, ASSISTANT, JOURNAL = "<|user|>", "<|assistant|>", "<|journal|>"
@@ -59,10 +59,22 @@ def example_text(example: Example) -> tuple[str, str]:
     return render(example.question, example.entries, example.turns), example.answer + END
 
 
+def sentence_ends(example: Example, prompt: str) -> list[tuple[int, bool]]:
+    """Returns, for each sentence of the entries, the index of its last character in `prompt` and whether it answers."""
+    ends = []
+    at = prompt.find(JOURNAL)
+    for sentence in (sentence for entry in example.entries for sentence in entry.sentences):
+        found = prompt.find(sentence, at)
+        if found >= 0:
+            at = found + len(sentence)
+            ends.append((at - 1, sentence == example.source))
+    return ends
+
+
 def _corpus(seed: int, examples: int) -> Iterator[str]:
     rng = random.Random(seed)
     for _ in range(examples):
-        example = draw_example(rng, 3)
+        example = draw_example(rng, len(STAGES) - 1)
         yield "\n".join([example.question, example.answer, *(f"{e.heading}\n{e.text}" for e in example.entries)])
 
 

@@ -12,17 +12,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from training.model import MasterWeights, build
-from training.questions import STAGES, draw_example
-from training.tokenizer import END, example_text, load_tokenizer
+from training.questions import STAGES, Example, draw_example
+from training.tokenizer import END, JOURNAL, example_text, load_tokenizer, sentence_ends
 
 # Move on when the mean answer loss of the last steps is below this; the last stage never ends by itself.
-ADVANCE = (0.4, 0.4, 0.4)
+ADVANCE = (0.4, 0.12, 0.15, 0.2, 0.25)
 LONGEST = 900
 POOL = 8
+DECISIVE = 3.0
+# The probe reads after this many layers whether a sentence answers the question; its loss has this weight.
+PROBED_LAYER = 4
+MATCHED_LAYER = 2
+PROBE = 0.5
 
 
 @dataclass(slots=True)
@@ -33,6 +38,8 @@ class Progress:
     stage: int = 0
     stage_step: int = 0
     loss: float = 10.0
+    choice: float = 0.7
+    match: float = 0.7
     seconds: float = 0.0
     tokens: int = 0
 
@@ -44,54 +51,120 @@ class Batch:
     ids: torch.Tensor
     where: torch.Tensor
     targets: torch.Tensor
+    weights: torch.Tensor
+    ends: torch.Tensor
+    holds: torch.Tensor
+    asked: torch.Tensor
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-    prompts = tokenizer([p for p, _ in pairs], add_special_tokens=False)["input_ids"]
-    answers = tokenizer([a for _, a in pairs], add_special_tokens=False)["input_ids"]
-    return [(p, a) for p, a in zip(prompts, answers, strict=True) if len(p) + len(a) <= LONGEST]
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example in token ids; `ends` are (position of a sentence's last token, whether that sentence answers)."""
+
+    prompt: list[int]
+    answer: list[int]
+    ends: list[tuple[int, bool]]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
 
 
-def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> Batch:
+def _encode(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> list[Row]:
+    texts = [example_text(example) for example in examples]
+    prompts = tokenizer([p for p, _ in texts], add_special_tokens=False, return_offsets_mapping=True)
+    answers = tokenizer([a for _, a in texts], add_special_tokens=False)["input_ids"]
+    rows = []
+    for index, (example, (text, _)) in enumerate(zip(examples, texts, strict=True)):
+        ends = [(prompts.char_to_token(index, at), holds) for at, holds in sentence_ends(example, text)]
+        rows.append(
+            Row(prompts["input_ids"][index], answers[index], [(at, holds) for at, holds in ends if at is not None])
+        )
+    return [row for row in rows if len(row) <= LONGEST]
+
+
+def _asked(prompt: list[int], journal: int) -> list[float]:
+    """Marks each token of the entries: 1 if the question holds it, else 0; -1 outside the entries."""
+    if journal not in prompt:
+        return [-1.0] * len(prompt)
+    split = prompt.index(journal)
+    question = set(prompt[:split])
+    return [-1.0] * (split + 1) + [float(token in question) for token in prompt[split + 1 :]]
+
+
+def collate(rows: list[Row], pad: int, journal: int) -> Batch:
     """Pads the rows on the right, to a multiple of 8 tokens: causal attention needs no mask then."""
-    width = -(-max(len(p) + len(a) - 1 for p, a in rows) // 8) * 8
+    width = -(-max(len(row) - 1 for row in rows) // 8) * 8
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     where: list[int] = []
     targets: list[int] = []
-    for index, (prompt, answer) in enumerate(rows):
-        ids[index, : len(prompt) + len(answer) - 1] = torch.tensor(prompt + answer[:-1])
-        start = index * width + len(prompt) - 1
-        where.extend(range(start, start + len(answer)))
-        targets.extend(answer)
-    return Batch(ids, torch.tensor(where), torch.tensor(targets))
+    weights: list[float] = []
+    ends: list[tuple[int, bool]] = []
+    asked = torch.full((len(rows), width), -1.0)
+    for index, row in enumerate(rows):
+        ids[index, : len(row) - 1] = torch.tensor(row.prompt + row.answer[:-1])
+        start, count = index * width + len(row.prompt) - 1, len(row.answer)
+        where.extend(range(start, start + count))
+        targets.extend(row.answer)
+        # The first tokens choose the sentence and the last ones the entry; those between only copy.
+        weights.extend(DECISIVE if at < 4 or at >= count - 4 else 1.0 for at in range(count))
+        asked[index, : len(row.prompt)] = torch.tensor(_asked(row.prompt, journal))
+        ends.extend((index * width + at, holds) for at, holds in row.ends)
+    at, holds = (
+        torch.tensor([at for at, _ in ends], dtype=torch.long),
+        torch.tensor([float(holds) for _, holds in ends]),
+    )
+    return Batch(ids, torch.tensor(where), torch.tensor(targets), torch.tensor(weights), at, holds, asked.view(-1))
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, stage: int, seed: int, tokens: int) -> Iterator[Batch]:
     """Yields batches of about `tokens` tokens each, rows of like length together, drawn from `seed`."""
     rng = random.Random(seed)
     while True:
-        rows: list[tuple[list[int], list[int]]] = []
-        total = 0
-        while total < tokens * POOL:
-            fresh = _encode(tokenizer, [example_text(draw_example(rng, stage)) for _ in range(64)])
-            rows += fresh
-            total += sum(len(p) + len(a) for p, a in fresh)
-        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
-        groups: list[list[tuple[list[int], list[int]]]] = [[]]
+        rows: list[Row] = []
+        while sum(map(len, rows)) < tokens * POOL:
+            rows += _encode(tokenizer, [draw_example(rng, stage) for _ in range(64)])
+        rows.sort(key=len)
+        groups: list[list[Row]] = [[]]
         for row in rows:
-            if groups[-1] and (len(groups[-1]) + 1) * (len(row[0]) + len(row[1])) > tokens:
+            if groups[-1] and (len(groups[-1]) + 1) * len(row) > tokens:
                 groups.append([])
             groups[-1].append(row)
         rng.shuffle(groups)
         for group in groups:
-            yield collate(group, tokenizer.pad_token_id)
+            yield collate(group, tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids(JOURNAL))
 
 
-def answer_loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
-    """Returns the mean cross-entropy over the answers' tokens (nats)."""
-    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state  # (rows, tokens, width)
-    logits = model.lm_head(hidden.flatten(0, 1)[batch.where])
-    return cross_entropy(logits.float(), batch.targets)
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What is minimized, the plain mean over the answers' tokens (nats), and the probe's (nats a sentence)."""
+
+    total: torch.Tensor
+    answer: torch.Tensor
+    choice: torch.Tensor
+    match: torch.Tensor
+
+
+def losses(model: LlamaForCausalLM, probe: torch.nn.Linear, batch: Batch) -> Losses:
+    """Returns the losses of a batch.
+
+    The probe asks a middle layer, at each sentence's end, whether this is the sentence that answers: a direct signal for
+    choosing, which the answer's tokens give only once everything else works. It is not exported.
+    """
+    out = model.model(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
+    logits = model.lm_head(out.last_hidden_state.flatten(0, 1)[batch.where])  # (answer tokens, vocabulary)
+    each = cross_entropy(logits.float(), batch.targets, reduction="none")
+    seen = out.hidden_states[PROBED_LAYER].flatten(0, 1)[batch.ends].float()
+    seen = seen * torch.rsqrt(seen.square().mean(-1, keepdim=True) + 1e-5)
+    choice = binary_cross_entropy_with_logits(probe(seen)[:, 0], batch.holds) if len(batch.ends) else each.sum() * 0
+    early = out.hidden_states[MATCHED_LAYER].flatten(0, 1)[batch.asked >= 0].float()
+    early = early * torch.rsqrt(early.square().mean(-1, keepdim=True) + 1e-5)
+    match = (
+        binary_cross_entropy_with_logits(probe(early)[:, 1], batch.asked[batch.asked >= 0])
+        if len(early)
+        else each.sum() * 0
+    )
+    weighted = (each * batch.weights).sum() / batch.weights.sum()
+    return Losses(weighted + PROBE * (choice + match), each.detach().mean(), choice.detach(), match.detach())
 
 
 def scale(step: int, steps: int, decay: int, warmup: int = 100) -> float:
@@ -152,18 +225,21 @@ def _work(rank: int, args: argparse.Namespace) -> None:
     _loop(rank, args, tokenizer, weights, progress)
 
 
-def _share(weights: MasterWeights, loss: torch.Tensor, workers: int) -> float:
-    """Averages the gradients and the loss over the workers; returns the loss."""
+def _share(weights: MasterWeights, means: torch.Tensor, workers: int) -> list[float]:
+    """Averages the gradients and `means` over the workers; returns the latter."""
     if workers == 1:
-        return loss.item()
-    flat = torch.cat([loss.detach().view(1), *(p.grad.float().view(-1) for p in weights.model.parameters())])
+        return means.tolist()
+    parameters = weights.parameters()
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    flat = torch.cat([means, *(p.grad.float().view(-1) for p in parameters)])
     dist.all_reduce(flat)
     flat /= workers
-    offset = 1
-    for parameter in weights.model.parameters():
+    offset = len(means)
+    for parameter in parameters:
         parameter.grad.copy_(flat[offset : offset + parameter.numel()].view_as(parameter))
         offset += parameter.numel()
-    return flat[0].item()
+    return flat[: len(means)].tolist()
 
 
 def _source(
@@ -176,7 +252,14 @@ def _source(
 
 def _log(path: Path, progress: Progress, rate: float) -> None:
     """Adds the run's figures to its curve and prints them; the loss is a running mean over about 30 steps."""
-    line = json.dumps({**asdict(progress), "loss": round(progress.loss, 4), "rate": round(rate, 4)})
+    line = json.dumps(
+        {
+            **asdict(progress),
+            "loss": round(progress.loss, 4),
+            "choice": round(progress.choice, 4),
+            "rate": round(rate, 4),
+        }
+    )
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     print(line, flush=True)
@@ -190,9 +273,11 @@ def _loop(
     while progress.step < args.steps and (args.workers == 1 or os.getppid() == parent):
         batch = next(source)
         rate = args.peak * scale(progress.step, args.steps, args.decay)
-        loss = answer_loss(weights.model, batch)
-        loss.backward()
-        value = _share(weights, loss, args.workers)
+        loss = losses(weights.model, weights.probe, batch)
+        loss.total.backward()
+        value, choice, match = _share(weights, torch.stack([loss.answer, loss.choice, loss.match]), args.workers)
+        progress.choice += 0.05 * (choice - progress.choice)
+        progress.match += 0.05 * (match - progress.match)
         weights.step(rate)
         progress.loss += 0.03 * (value - progress.loss) if progress.stage_step else value - progress.loss
         progress.step, progress.stage_step = progress.step + 1, progress.stage_step + 1
