@@ -66,9 +66,12 @@ def _in_process(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def run_case(case: str, directory: Path, device: str) -> dict[str, Any]:
     """Run one case in this process."""
     here = Setting(directory, device, _simulated(device))
+    # Imports are not what is measured.
+    import psutil  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lyra_emergence.runtime import ladder  # noqa: F401 - imports are not what is measured
+    from lyra_emergence import config, loading  # noqa: F401
+    from lyra_emergence.runtime import blocks, handover, ladder  # noqa: F401
 
     AutoTokenizer.from_pretrained(directory)
     AutoModelForCausalLM.from_pretrained(llama_checkpoint("tiny"))

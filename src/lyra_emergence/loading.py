@@ -110,8 +110,9 @@ def load(
     folder = Path(directory) if directory is not None else locate(config.model_id)
     index = read_checkpoint(folder)
     plan = plan or make_plan(config, index, probe_machine(with_torch=True))
-    tokenizer = _load_tokenizer(folder, config)
-    model = _map_model(index, config)
+    architecture = _load_architecture(folder, config)
+    tokenizer = _load_tokenizer(folder, config, architecture)
+    model = _map_model(index, config, architecture)
     map_seconds = time.perf_counter() - started
     tell(LoadEvent("map", f"{plan.model} is open, {len(index.tensors)} tensors mapped"))
     blocks, handover, attempts = _promote(model, plan, tell)
@@ -165,7 +166,21 @@ def _form(plan: Plan, model: Any) -> LoadedForm:
     return LoadedForm(blocks_dtype(plan), model.dtype, plan.footprint.quantization)
 
 
-def _map_model(index: CheckpointIndex, config: ModelConfig) -> Any:
+def _load_architecture(directory: Path, config: ModelConfig) -> Any:
+    """Return transformers' configuration of the model, which both its tokenizer and its class are chosen by.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture, or refuses its settings.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+
+
+def _map_model(index: CheckpointIndex, config: ModelConfig, architecture: Any) -> Any:
     """Open the checkpoint on the CPU in its stored dtype: a map, not a copy."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -176,6 +191,7 @@ def _map_model(index: CheckpointIndex, config: ModelConfig) -> Any:
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 index.directory,
+                config=architecture,
                 dtype=getattr(torch, stored) if stored else "auto",
                 local_files_only=True,
                 trust_remote_code=config.trust_remote_code,
@@ -211,13 +227,16 @@ def _check_complete(index: CheckpointIndex, info: dict[str, Any]) -> None:
         )
 
 
-def _load_tokenizer(directory: Path, config: ModelConfig) -> Any:
+def _load_tokenizer(directory: Path, config: ModelConfig, architecture: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
         with _quiet_transformers():
             return AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=config.trust_remote_code
+                directory,
+                config=architecture,
+                local_files_only=True,
+                trust_remote_code=config.trust_remote_code,
             )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
