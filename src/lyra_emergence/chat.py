@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
     Stream = Callable[[LoadedModel, list[int], GenerationOptions], Iterator[Chunk]]
 
-__all__ = ["Answer", "ChatChunk", "ChatSession", "Source", "Turn", "plain"]
+__all__ = ["DEFAULT_PASSAGES", "Answer", "ChatChunk", "ChatSession", "Source", "Turn", "plain"]
+
+DEFAULT_PASSAGES = 4
+"""Journal passages that a model is given with a question."""
 
 _PASSAGE_LIMITS = (400, 250, 150)
 """Characters that passages are cut to, one after the other, where the context is short."""
@@ -149,7 +152,7 @@ class ChatSession:
         *,
         options: GenerationOptions | None = None,
         system: str | None = None,
-        passages: int = 4,
+        passages: int = DEFAULT_PASSAGES,
         stream: Stream | None = None,
     ) -> None:
         from lyra_emergence.generation import GenerationOptions, stream_generate

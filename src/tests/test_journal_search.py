@@ -219,3 +219,12 @@ def test_a_named_date_covers() -> None:
     assert not NamedDate(3, 1).covers(day)
     assert not NamedDate(3, 2, 2024).covers(day)
     assert not NamedDate(4, 2).covers(day)
+
+
+def test_shorter_passages_are_chosen_sentence_by_sentence() -> None:
+    text = "The roof leaks again. " * 8 + "Tomasz lent me his hose timer. " + "It rained all night. " * 8
+    found = index(text, "Nothing about that here.")
+    assert len(found.search("Who lent me a hose timer?")[0].passage) > 120
+    short = found.with_passages(40)
+    assert [hit.passage for hit in short.search("Who lent me a hose timer?")] == ["Tomasz lent me his hose timer."]
+    assert short.journal is found.journal

@@ -2,10 +2,15 @@
 
 from pathlib import Path
 
-__all__ = ["BUNDLED_ID", "bundled_directory"]
+__all__ = ["BUNDLED_ID", "BUNDLED_PASSAGES", "BUNDLED_PASSAGE_LENGTH", "bundled_directory"]
 
 BUNDLED_ID = "lyra-emergence/bundled"
 """The name that `--model` and `model_id` accept for the bundled checkpoint."""
+
+BUNDLED_PASSAGES = 1
+"""Journal passages that it is given with a question: with more it tends to quote the wrong one."""
+BUNDLED_PASSAGE_LENGTH = 120
+"""Characters of each, a sentence or two: so the search, which is better at it, chooses the sentence."""
 
 
 def bundled_directory() -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from lyra_emergence import cli
-from lyra_emergence.bundled import BUNDLED_ID
+from lyra_emergence.bundled import BUNDLED_ID, BUNDLED_PASSAGE_LENGTH, BUNDLED_PASSAGES
 from lyra_emergence.cli.console import strip_controls
 from lyra_emergence.cli.models import choose_model, describe_download
 from lyra_emergence.cli.plan import make_plan_for
@@ -89,6 +89,8 @@ def prepare(options: Options, console: Console) -> Prepared:
         plan = make_plan_for(choice)
     for note in plan.notes:
         console.warning(note)
+    if journal is not None and choice.config.model_id == BUNDLED_ID:
+        journal = journal.with_passages(BUNDLED_PASSAGE_LENGTH)
     return Prepared(choice, plan, journal)
 
 
@@ -103,10 +105,12 @@ def _open_journal(options: Options, console: Console) -> JournalIndex | None:
 
 def start_session(prepared: Prepared, loaded: LoadedModel) -> ChatSession:
     """Return a conversation with the loaded model over the journal."""
-    from lyra_emergence.chat import ChatSession
+    from lyra_emergence.chat import DEFAULT_PASSAGES, ChatSession
     from lyra_emergence.generation import GenerationOptions
 
-    return ChatSession(loaded, prepared.journal, options=GenerationOptions.for_model(loaded))
+    passages = BUNDLED_PASSAGES if prepared.choice.config.model_id == BUNDLED_ID else DEFAULT_PASSAGES
+    options = GenerationOptions.for_model(loaded)
+    return ChatSession(loaded, prepared.journal, options=options, passages=passages)
 
 
 def find_journal(asked: Path | None) -> Path | None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from lyra_emergence.errors import JournalError
 from lyra_emergence.journal import search
 from lyra_emergence.journal.dates import named_dates
-from lyra_emergence.journal.text import passages
+from lyra_emergence.journal.text import PASSAGE_LENGTH, passages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -68,6 +68,12 @@ class JournalIndex:
 
     Attributes:
         journal: What is indexed.
+
+    Args:
+        journal: What to index.
+        reranker: Reorders what a search finds.
+        on_note: Called with each note as it arises.
+        passage_length: Characters of a passage at most.
     """
 
     def __init__(
@@ -76,6 +82,7 @@ class JournalIndex:
         *,
         reranker: Reranker | None = None,
         on_note: Callable[[str], None] | None = None,
+        passage_length: int = PASSAGE_LENGTH,
     ) -> None:
         self.journal = journal
         self._reranker = reranker
@@ -83,7 +90,7 @@ class JournalIndex:
         self._notes: list[str] = []
         self._lock = threading.Lock()
         # Oldest first, so that a higher row is a newer entry and ties in a ranking fall to the newer one.
-        self._passages = [_Passage(entry, text) for entry in journal.entries for text in passages(entry.text)]
+        self._passages = [_Passage(e, text) for e in journal.entries for text in passages(e.text, passage_length)]
         self._database = sqlite3.connect(":memory:", check_same_thread=False)
         try:
             self._database.execute(_CREATE)
@@ -106,6 +113,12 @@ class JournalIndex:
     def notes(self) -> tuple[str, ...]:
         """What the user should know about this journal, a line each: problems in the file, how it is reranked."""
         return tuple(self._notes)
+
+    def with_passages(self, length: int) -> JournalIndex:
+        """Return an index of the same journal whose passages have `length` characters at most, for a smaller reader."""
+        index = JournalIndex(self.journal, reranker=self._reranker, on_note=self._on_note, passage_length=length)
+        index._notes = list(self._notes)
+        return index
 
     def note(self, line: str) -> None:
         """Add a line to `notes` and hand it to `on_note`."""
