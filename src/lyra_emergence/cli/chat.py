@@ -12,6 +12,7 @@ from lyra_emergence.cli.answers import print_answer, source_lines
 from lyra_emergence.cli.plan import render_plan, summary
 from lyra_emergence.cli.prepare import loaded_model, prepare, start_session
 from lyra_emergence.cli.status import INTERRUPTED
+from lyra_emergence.cli.terminal import silent_keys
 from lyra_emergence.errors import ConfigError, LyraError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ class Chat:
         if line.startswith("/"):
             return self._command(line)
         try:
-            print_answer(self.session, line, self.console)
+            with silent_keys(self.console.stdin):
+                print_answer(self.session, line, self.console)
         except KeyboardInterrupt:
             self.console.say()
         except LyraError as error:
