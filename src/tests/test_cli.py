@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from lyra_emergence.cli.prepare import Prepared
     from lyra_emergence.loading import LoadedModel
 
+    from .simulated_accelerator import SimulatedAccelerator
+
 ROOT = Path(__file__).parents[2]
 HINT = "hint: lyra.py --help lists the options\n"
 QUESTION = "Where did we plant the lemon tree?"
@@ -725,3 +727,26 @@ def test_the_program_leaves_logging_alone(capsys: pytest.CaptureFixture[str]) ->
     before = logging.getLogger().handlers[:]
     main(["--version"])
     assert logging.getLogger().handlers == before
+
+
+def test_a_fallback_is_told_in_a_line_and_the_answer_comes(
+    checkpoints: Callable[[str], Path], sim: SimulatedAccelerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--model",
+        str(checkpoints("llama")),
+        "--max-new-tokens",
+        "5",
+        "--temperature",
+        "0",
+        "The river was high",
+    ]
+    assert main(arguments) == 0
+    undisturbed = capsys.readouterr().out
+    sim.fail_at(30)
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out == undisturbed
+    told = [line for line in err.splitlines() if "out of memory" in line]
+    assert len(told) == 1
+    assert "full: out of memory on sim:0 at model.layers." in told[0]
