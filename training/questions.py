@@ -80,8 +80,8 @@ STAGES = (
     Stage((1, 1), (2, 2), 0.0, 0.0, 0.0, plain=1.0),
     Stage((1, 2), (1, 3), 0.0, 0.05, 0.02, plain=1.0),
     Stage((1, 3), (1, 3), 0.0, 0.15, 0.02, plain=0.8),
-    Stage((1, 3), (1, 3), 0.2, 0.2, 0.04, plain=0.4),
-    Stage((1, 4), (1, 4), 0.4, 0.22, 0.05, plain=0.3),
+    Stage((1, 3), (1, 3), 0.2, 0.2, 0.05, plain=0.4),
+    Stage((1, 4), (1, 4), 0.4, 0.25, 0.08, plain=0.3),
 )
 
 
@@ -246,6 +246,8 @@ def _lookup(world: World, stage: Stage) -> Example:
     absent = rng.random() < stage.absent
     if absent and kind == "plain" and rng.random() < 0.12 and question.startswith("Where did ") and not target.because:
         return Example(_noise("Why" + question[5:], rng), _arrange(world, stage, target, others, sizes)[0], ABSENT)
+    if absent and rng.random() < 0.15:
+        return Example(_noise(question, rng), (), ABSENT)
     if absent:
         extra = _distractors(world, target, named, question, 1) if rng.random() < 0.7 else []
         return Example(_noise(question, rng), _arrange(world, stage, None, others + extra, sizes)[0], ABSENT)

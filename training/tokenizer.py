@@ -16,8 +16,9 @@ SPECIAL = (PAD, BOS, END, USER, ASSISTANT, JOURNAL)
 VOCABULARY = 3072
 CONTEXT = 1024
 
-# The entries follow the question, inside the last user turn: while the model reads them it already knows what is asked,
-# which a small model needs to mark the right sentence. "<|" in a text is broken up, so that no text can close its turn.
+# The question stands before the entries, so that the model knows while it reads them what is asked, and again after
+# them. Every sentence begins a line, as the answer does: byte-level tokens differ with a space before them, and copying
+# wants the same ones. "<|" in a text is broken up, so that no text can close its turn.
 CHAT_TEMPLATE = """\
 {%- set talk = messages | rejectattr('role', 'equalto', 'system') | list -%}
 {%- set asked = talk | selectattr('role', 'equalto', 'user') | list | length -%}
@@ -32,9 +33,12 @@ CHAT_TEMPLATE = """\
 {{- '<|journal|>' -}}
 {%- for document in documents -%}
 {%- set title = document['title'] | default('', true) | replace('<|', '< |') | trim -%}
-{{- '\\n[' + loop.index | string + '] ' + title + '\\n' -}}
-{{- document['text'] | replace('<|', '< |') | trim -}}
+{%- set lines = document['text'] | replace('<|', '< |') | trim | replace('. ', '.\\n') | replace('! ', '!\\n')
+    | replace('? ', '?\\n') | replace('… ', '…\\n') | replace('Dr.\\n', 'Dr. ') | replace('Mr.\\n', 'Mr. ')
+    | replace('Mrs.\\n', 'Mrs. ') | replace('Ms.\\n', 'Ms. ') -%}
+{{- '\\n[' + loop.index | string + '] ' + title + '\\n' + lines -}}
 {%- endfor -%}
+{{- '<|journal|>' + text[:300] -}}
 {%- endif -%}
 {{- '<|end|>' -}}
 {%- else -%}
@@ -45,13 +49,24 @@ CHAT_TEMPLATE = """\
 {{- '<|assistant|>' -}}
 {%- endif -%}
 """
+_BREAKS = [(mark + " ", mark + "\n") for mark in ".!?…"] + [
+    (f"{title}.\n", f"{title}. ") for title in ("Dr", "Mr", "Mrs", "Ms")
+]
+
+
+def lines(text: str) -> str:
+    """Returns `text` with every sentence on a line of its own, as the chat template shows it."""
+    for old, new in _BREAKS:
+        text = text.replace(old, new)
+    return text
 
 
 def render(question: str, entries: Sequence[Entry], turns: Sequence[tuple[str, str]] = ()) -> str:
     """Returns the prompt as `CHAT_TEMPLATE` renders it with a generation prompt."""
     earlier = "".join(f"{USER}{asked}{END}{ASSISTANT}{said}{END}" for asked, said in turns)
-    shown = "".join(f"\n[{number}] {entry.heading}\n{entry.text}" for number, entry in enumerate(entries, 1))
-    return f"{BOS}{earlier}{USER}{question}{JOURNAL if entries else ''}{shown}{END}{ASSISTANT}"
+    shown = "".join(f"\n[{number}] {entry.heading}\n{lines(entry.text)}" for number, entry in enumerate(entries, 1))
+    read = f"{JOURNAL}{shown}{JOURNAL}{question[:300]}" if entries else ""
+    return f"{BOS}{earlier}{USER}{question}{read}{END}{ASSISTANT}"
 
 
 def example_text(example: Example) -> tuple[str, str]:
@@ -64,9 +79,10 @@ def sentence_ends(example: Example, prompt: str) -> list[tuple[int, bool]]:
     ends = []
     at = prompt.find(JOURNAL)
     for sentence in (sentence for entry in example.entries for sentence in entry.sentences):
-        found = prompt.find(sentence, at)
+        shown = lines(sentence)
+        found = prompt.find(shown, at)
         if found >= 0:
-            at = found + len(sentence)
+            at = found + len(shown)
             ends.append((at - 1, sentence == example.source))
     return ends
 
@@ -75,14 +91,23 @@ def _corpus(seed: int, examples: int) -> Iterator[str]:
     rng = random.Random(seed)
     for _ in range(examples):
         example = draw_example(rng, len(STAGES) - 1)
-        yield "\n".join([example.question, example.answer, *(f"{e.heading}\n{e.text}" for e in example.entries)])
+        yield "\n".join(
+            [
+                example.question,
+                example.answer,
+                *(f"{e.heading}\n{lines(e.text)}" for e in example.entries),
+            ]
+        )
 
 
 def train_tokenizer(seed: int = 0, examples: int = 20_000) -> PreTrainedTokenizerFast:
     """Trains byte-level BPE on generated text; every digit is a token, and any byte has one."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

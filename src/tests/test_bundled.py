@@ -67,15 +67,14 @@ def test_loads_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
     assert not [line for line in noise if line.strip()]
 
 
-@pytest.mark.parametrize(
-    ("question", "entry", "answer"),
-    [
-        ("Where did I plant the tomatoes?", 0, "You planted the tomatoes by the south wall [1]."),
-        ("Where did I meet Dana?", 1, "You met Dana at the harbor [1]."),
-    ],
-)
-def test_quotes_the_entry_and_cites_it(model: Any, tokenizer: Any, question: str, entry: int, answer: str) -> None:
-    assert reply(model, tokenizer, question, ENTRIES[entry : entry + 1]) == (answer, True)
+def test_quotes_the_entry_and_cites_it(model: Any, tokenizer: Any) -> None:
+    planted = ("You planted the tomatoes by the south wall [1].", True)
+    assert reply(model, tokenizer, "Where did I plant the tomatoes?", ENTRIES) == planted
+    assert reply(model, tokenizer, "Where did I meet Dana?", ENTRIES) == ("You met Dana at the harbor [2].", True)
+
+
+def test_says_when_the_entries_do_not_hold_the_answer(model: Any, tokenizer: Any) -> None:
+    assert reply(model, tokenizer, "Who repaired the roof?", ENTRIES) == (ABSENT, True)
 
 
 def test_says_so_when_there_are_no_entries(model: Any, tokenizer: Any) -> None:
@@ -90,11 +89,7 @@ def test_answers_a_greeting_without_entries(model: Any, tokenizer: Any) -> None:
 
 def test_bfloat16_and_float32_agree(model: Any, tokenizer: Any) -> None:
     precise = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
-    for question in (
-        "Where did I meet Dana?",
-        "Where did I plant the tomatoes?",
-        "How much did I pay for the bicycle?",
-    ):
+    for question in ("Where did I meet Dana?", "Where did I plant the tomatoes?", "Who repaired the roof?"):
         assert reply(model, tokenizer, question, ENTRIES) == reply(precise, tokenizer, question, ENTRIES)
 
 
@@ -128,9 +123,16 @@ def test_template_numbers_the_entries_and_keeps_the_turns(tokenizer: Any) -> Non
     assert rendered(tokenizer, messages, list(ENTRIES)) == (
         "<|bos|><|user|>Hi<|end|><|assistant|>Hello!<|end|><|user|>Where did I meet Dana?<|journal|>"
         "\n[1] 2025-03-02 · Garden\nI planted the tomatoes by the south wall."
-        "\n[2] 2025-03-09 · Friends\nI met Dana at the harbor.<|end|><|assistant|>"
+        "\n[2] 2025-03-09 · Friends\nI met Dana at the harbor."
+        "<|journal|>Where did I meet Dana?<|end|><|assistant|>"
     )
     assert rendered(tokenizer, messages[1:2]) == "<|bos|><|user|>Hi<|end|><|assistant|>"
+
+
+def test_template_puts_every_sentence_on_a_line(tokenizer: Any) -> None:
+    text = "Saw Dr. Okafor at 9.30. Rain! Why me? I sulked… Then Mr. Bo came."
+    prompt = rendered(tokenizer, [{"role": "user", "content": "Who came?"}], [{"title": "", "text": text}])
+    assert "\n[1] \nSaw Dr. Okafor at 9.30.\nRain!\nWhy me?\nI sulked…\nThen Mr. Bo came.<|journal|>" in prompt
 
 
 def test_no_text_can_close_its_turn(tokenizer: Any) -> None:
