@@ -177,7 +177,10 @@ def _load_architecture(directory: Path, config: ModelConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory}: {error}") from error
+        raise CheckpointError(
+            f"{directory}: {str(error).splitlines()[0]}",
+            hint="check config.json; a newer transformers may know the architecture",
+        ) from error
 
 
 def _map_model(index: CheckpointIndex, config: ModelConfig, architecture: Any) -> Any:

@@ -394,3 +394,13 @@ def test_a_missing_tokenizer_is_named(checkpoints: Checkpoints, tmp_path: Path) 
         file.unlink()
     with pytest.raises(CheckpointError, match="the tokenizer cannot be loaded"):
         load(ModelConfig(), directory=directory)
+
+
+def test_an_unknown_architecture_is_told_in_a_line(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    directory = shutil.copytree(checkpoints("llama"), tmp_path / "copy")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
+    with pytest.raises(CheckpointError, match=r"has model type `nonsense` but") as caught:
+        load(ModelConfig(), directory=directory)
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint == "check config.json; a newer transformers may know the architecture"
