@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +21,6 @@ from .simulated_accelerator import compilation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from .simulated_accelerator import SimulatedAccelerator
 
@@ -405,6 +405,24 @@ class TestOperators:
         for expected, actual in zip(run(x, conv), run(x.to("sim:1"), conv), strict=True):
             assert actual.device == torch.device("sim:1")
             assert torch.equal(actual.cpu().to(expected.dtype), expected)
+
+    @pytest.mark.usefixtures("simulated_devices")  # built by then, in the folder that is named below
+    def test_gradients_flow(self, pytestconfig: pytest.Config) -> None:
+        # A process of its own: torch's engine serves only the devices that are there when it first runs backward, and
+        # another test may have trained a checkpoint before this device was registered.
+        script = (
+            "import sys, pathlib, torch\n"
+            "from src.tests import simulated_accelerator\n"
+            "with simulated_accelerator.load(pathlib.Path(sys.argv[1])).lent():\n"
+            "    weight = torch.ones(3, device='sim:1', requires_grad=True)\n"
+            "    (weight * torch.arange(3.0, device='sim:1')).pow(2).sum().backward()\n"
+            "    print(weight.grad.tolist())\n"
+        )
+        assert pytestconfig.cache is not None
+        command = [sys.executable, "-c", script, str(pytestconfig.cache.mkdir("simulated_accelerator"))]
+        root = Path(__file__).parents[2]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        assert done.stdout == "[0.0, 2.0, 8.0]\n"
 
     def test_inference_mode(self, sim: SimulatedAccelerator) -> None:
         with torch.inference_mode():
