@@ -1,15 +1,16 @@
 """The model's shape, and the optimizers that train it in bfloat16 over float32 master weights."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+import torch.distributed as dist
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from training.tokenizer import CONTEXT
 
 
-def _float_attention(
+def _packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -17,13 +18,23 @@ def _float_attention(
     mask: object,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention in float32, whose backward pass takes a fifth of bfloat16's time on a CPU; no left padding."""
+    """Causal attention for right-padded rows, written out: on a CPU it is a third faster than the fused operator.
+
+    Products run in the weights' dtype, the softmax in float32.
+    """
     del module, mask
-    wide = scaled_dot_product_attention(query.float(), key.float(), value.float(), is_causal=True, enable_gqa=True)
-    return wide.to(query.dtype).transpose(1, 2), None  # (rows, tokens, heads, width)
+    groups = query.shape[1] // key.shape[1]
+    rows, heads, tokens, width = query.shape
+    keys = key.repeat_interleave(groups, 1).reshape(rows * heads, tokens, width)
+    values = value.repeat_interleave(groups, 1).reshape(rows * heads, tokens, width)
+    scores = torch.bmm(query.reshape(rows * heads, tokens, width), keys.transpose(1, 2)).float()
+    hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    weights = (scores * width**-0.5).masked_fill(hidden, float("-inf")).softmax(-1).to(query.dtype)
+    out = torch.bmm(weights, values).view(rows, heads, tokens, width)
+    return out.transpose(1, 2), None  # (rows, tokens, heads, width)
 
 
-AttentionInterface.register("float_attention", _float_attention)
+AttentionInterface.register("packed_attention", _packed_attention)
 
 
 def build(vocabulary: int, pad: int, bos: int, end: int) -> LlamaForCausalLM:
@@ -56,16 +67,26 @@ class MasterWeights:
     The forward pass runs on the very rounding that ships, so bfloat16 and float32 answers agree after export.
     """
 
-    def __init__(self, model: LlamaForCausalLM, matrix_lr: float = 0.01, other_lr: float = 1.5e-3) -> None:
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        rank: int = 0,
+        workers: int = 1,
+        matrix_lr: float = 0.01,
+        other_lr: float = 1.5e-3,
+    ) -> None:
         self.model = model
+        self._workers = workers
         self.masters = {name: p.detach().float().clone() for name, p in model.named_parameters()}
         model.to(torch.bfloat16)
         for master in self.masters.values():
             master.requires_grad_(requires_grad=True)
         hidden = [m for name, m in self.masters.items() if m.ndim == 2 and "embed" not in name]
         rest = [m for name, m in self.masters.items() if m.ndim != 2 or "embed" in name]
+        # Muon's orthogonalization is a quarter of a step on one thread, so each worker does a share of the matrices.
+        self._shares = [hidden[start::workers] for start in range(workers)]
         self.optimizers = (
-            torch.optim.Muon(hidden, lr=matrix_lr, momentum=0.95, weight_decay=0.01),
+            torch.optim.Muon(self._shares[rank], lr=matrix_lr, momentum=0.95, weight_decay=0.01),
             torch.optim.AdamW(rest, lr=other_lr, betas=(0.9, 0.98), weight_decay=0.0),
         )
         self._peaks = (matrix_lr, other_lr)
@@ -87,31 +108,47 @@ class MasterWeights:
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
             optimizer.step()
+        self._exchange()
         for weight, master in self._pairs():
             weight.copy_(master)
         self._probe_optimizer.step()
         self._probe_optimizer.zero_grad()
+
+    def _exchange(self) -> None:
+        """Gives every worker the matrices that another one has stepped."""
+        if self._workers == 1:
+            return
+        for owner, share in enumerate(self._shares):
+            flat = torch.cat([master.view(-1) for master in share])
+            dist.broadcast(flat, owner)
+            for master, part in zip(share, flat.split([master.numel() for master in share]), strict=True):
+                master.copy_(part.view_as(master))
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Returns everything that takes gradients: the model's weights and the probe's."""
         return [*self.model.parameters(), *self.probe.parameters()]
 
     def state(self) -> dict[str, object]:
-        """Returns what a resumed run needs."""
+        """Returns what a resumed run needs; every worker must call it."""
+        muon = [self.optimizers[0].state_dict()]
+        if self._workers > 1:
+            muon = [{} for _ in range(self._workers)]
+            dist.all_gather_object(muon, self.optimizers[0].state_dict())
         return {
             "masters": self.masters,
-            "optimizers": [o.state_dict() for o in self.optimizers],
+            "muon": muon,
+            "adam": self.optimizers[1].state_dict(),
             "probe": self.probe.state_dict(),
         }
 
     @torch.no_grad()
-    def restore(self, state: dict[str, object]) -> None:
-        """Takes back what `state` returned."""
+    def restore(self, state: dict[str, Any], rank: int = 0) -> None:
+        """Takes back what `state` returned; Muon's momentum is dropped if the number of workers has changed."""
         for name, master in self.masters.items():
-            master.copy_(state["masters"][name])  # type: ignore[index]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):  # type: ignore[call-overload]
-            optimizer.load_state_dict(saved)
-        if "probe" in state and state["probe"]["weight"].shape == self.probe.weight.shape:  # type: ignore[index]
-            self.probe.load_state_dict(state["probe"])  # type: ignore[arg-type]
+            master.copy_(state["masters"][name])
+        if len(state["muon"]) == self._workers:
+            self.optimizers[0].load_state_dict(state["muon"][rank])
+        self.optimizers[1].load_state_dict(state["adam"])
+        self.probe.load_state_dict(state["probe"])
         for weight, master in self._pairs():
             weight.copy_(master)

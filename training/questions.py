@@ -1,21 +1,13 @@
-"""Training examples: entries with distractors, a question, and the answer that the model should give."""
+"""Examples from the grammar: a question to one of its events among others, small talk, and what came before."""
 
 import random
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 from training import words
+from training.answers import ABOUT, ABSENT, GOODBYE, GREETING, HELP, THANKS, Example, cite, dated, said
 from training.entries import Entry, Event, World, draw_date, draw_entry, draw_event, frames, tidy
+from training.stages import Stage
 
-ABSENT = "The journal entries I was given do not say."
-GREETING = "Hello! Ask me something about your journal, and I will look it up in your entries."
-HELP = "I answer questions from the journal entries I am given and cite them. Ask me who, what, where or when."
-ABOUT = (
-    "I am the small model that ships with Lyra. I can look things up in your journal entries, and I know nothing else."
-)
-THANKS = "You are welcome."
-GOODBYE = "Goodbye."
 _SMALL_TALK = {
     GREETING: "talk_greeting",
     HELP: "talk_help",
@@ -24,8 +16,6 @@ _SMALL_TALK = {
     GOODBYE: "talk_goodbye",
 }
 _MONTHS = words.VALUES["month"]
-_PRONOUNS = dict(pair.split(":") for pair in words.VALUES["second_person"])
-_WORD = re.compile(r"[A-Za-z]+(?:['\u2019][a-z]+)?")
 _KEY_KINDS = (
     "subject",
     "object",
@@ -46,80 +36,6 @@ _KEY_KINDS = (
     "worktask",
     "dish",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """What the model sees and what it should say; `turns` are earlier (question, answer) pairs.
-
-    `source` is the sentence, as it stands in an entry, that answers the question.
-    """
-
-    question: str
-    entries: tuple[Entry, ...]
-    answer: str
-    turns: tuple[tuple[str, str], ...] = ()
-    source: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One step of the curriculum: entries, events per entry, filler sentences, and the share of odd cases."""
-
-    entries: tuple[int, int]
-    events: tuple[int, int]
-    fillers: float
-    absent: float
-    talk: float
-    plain: float = 0.0
-
-
-# From copying to choosing, the weak half: in the stages of short sentences, choosing is most of the loss.
-STAGES = (
-    Stage((1, 1), (1, 1), 0.0, 0.0, 0.0),
-    Stage((1, 1), (2, 2), 0.0, 0.0, 0.0, plain=1.0),
-    Stage((1, 2), (1, 3), 0.0, 0.05, 0.02, plain=1.0),
-    Stage((1, 3), (1, 3), 0.0, 0.15, 0.02, plain=0.8),
-    Stage((1, 3), (1, 3), 0.2, 0.2, 0.05, plain=0.4),
-    Stage((1, 4), (1, 4), 0.4, 0.25, 0.08, plain=0.3),
-)
-
-
-def second_person(sentence: str) -> str:
-    """Rewrites the first person into the second ("I met my aunt" -> "You met your aunt"), leaving quotations alone."""
-    parts = sentence.split('"')
-    return '"'.join(part if index % 2 else _rewrite(part) for index, part in enumerate(parts))
-
-
-def _rewrite(text: str) -> str:
-    def swap(match: re.Match[str]) -> str:
-        word = match[0]
-        new = _PRONOUNS.get(word.lower().replace("\u2019", "'"))
-        if new is None or (word == "US") or (word == "Mine" and match.start() > 0):
-            return word
-        starts = match.start() == 0 or text[: match.start()].rstrip()[-1:] in {".", "!", "?"}
-        return new[0].upper() + new[1:] if starts and word[0].isupper() else new
-
-    text = re.sub(r"\bI am\b", "I are", text)
-    text = re.sub(r"\b(I(?: also| really| still| just)?) was(n't)?\b", r"\1 were\2", text)
-    return _WORD.sub(swap, text)
-
-
-def cite(sentence: str, number: int) -> str:
-    """Returns the sentence in the second person with its citation before a full stop."""
-    return f"{second_person(sentence).rstrip().rstrip('.!?…')} [{number}]."
-
-
-def _dated(sentence: str, date: str, number: int) -> str:
-    text = cite(sentence, number)
-    lowered = (
-        text[0].lower() + text[1:]
-        if text.split()[0] in {"You", "Your", "The", "A", "An", "In", "At", "On", "It"}
-        else text
-    )
-    return (
-        f"On {date} {lowered}" if lowered.startswith(("you ", "your ", "the ", "a ", "an ")) else f"On {date}: {text}"
-    )
 
 
 def _short(value: str, rng: random.Random) -> str:
@@ -150,7 +66,8 @@ def _ask(event: Event, rng: random.Random) -> tuple[str, frozenset[str], str]:
     return tidy(text), named, kind
 
 
-def _noise(question: str, rng: random.Random) -> str:
+def noise(question: str, rng: random.Random) -> str:
+    """Returns the question as people type: with a preface, in lower case, without its mark."""
     draw = rng.random()
     if draw < 0.08:
         start = words.value("preface", rng)
@@ -207,7 +124,8 @@ def _spread(rng: random.Random, stage: Stage, count: int) -> list[int]:
     return [rng.randint(*stage.events) for _ in range(count)]
 
 
-def _dates(rng: random.Random, count: int) -> list[str]:
+def draw_dates(rng: random.Random, count: int) -> list[str]:
+    """Returns `count` different dates as YYYY-MM-DD."""
     dates: list[str] = []
     while len(dates) < count:
         if (date := draw_date(rng)) not in dates:
@@ -229,7 +147,7 @@ def _arrange(
     for group, size in zip(groups, sizes, strict=True):
         while rest and len(group) < size:
             group.append(rest.pop())
-    dates = _dates(rng, len(sizes))
+    dates = draw_dates(rng, len(sizes))
     entries = []
     for group, date in zip(groups, dates, strict=True):
         rng.shuffle(group)
@@ -237,7 +155,8 @@ def _arrange(
     return tuple(entries), home + 1
 
 
-def _lookup(world: World, stage: Stage) -> Example:
+def lookup(world: World, stage: Stage) -> Example:
+    """Returns a question to one event of the grammar, with its answer or, if it was left out, without."""
     rng = world.rng
     target = draw_event(world)
     question, named, kind = _ask(target, rng)
@@ -245,12 +164,12 @@ def _lookup(world: World, stage: Stage) -> Example:
     others = _distractors(world, target, named, question, sum(sizes) - 1)
     absent = rng.random() < stage.absent
     if absent and kind == "plain" and rng.random() < 0.12 and question.startswith("Where did ") and not target.because:
-        return Example(_noise("Why" + question[5:], rng), _arrange(world, stage, target, others, sizes)[0], ABSENT)
+        return Example(noise("Why" + question[5:], rng), _arrange(world, stage, target, others, sizes)[0], ABSENT)
     if absent and rng.random() < 0.15:
-        return Example(_noise(question, rng), (), ABSENT)
+        return Example(noise(question, rng), (), ABSENT)
     if absent:
         extra = _distractors(world, target, named, question, 1) if rng.random() < 0.7 else []
-        return Example(_noise(question, rng), _arrange(world, stage, None, others + extra, sizes)[0], ABSENT)
+        return Example(noise(question, rng), _arrange(world, stage, None, others + extra, sizes)[0], ABSENT)
     entries, number = _arrange(world, stage, target, others, sizes)
     draw = rng.random()
     keyword = _keyword(target, entries, rng) if draw < (0.3 if world.plain else 0.12) else None
@@ -260,8 +179,8 @@ def _lookup(world: World, stage: Stage) -> Example:
     date = entries[number - 1].date
     if draw > 0.97 and len(entries[number - 1].sentences) == 1:
         question, kind = _date_question(date, rng), "plain"
-    answer = _dated(target.full, date, number) if kind == "when" else cite(target.full, number)
-    return Example(_noise(question, rng), entries, answer, source=target.text)
+    answer = dated(target.full, date, number) if kind == "when" else cite(target.full, number)
+    return Example(noise(question, rng), entries, answer, source=target.text)
 
 
 def _keyword(target: Event, entries: Sequence[Entry], rng: random.Random) -> str | None:
@@ -281,7 +200,8 @@ def _date_question(date: str, rng: random.Random) -> str:
     return rng.choice((f"What did I do on {shown}?", f"What happened on {shown}?", f"What did I write on {shown}?"))
 
 
-def _talk(world: World, stage: Stage) -> Example:
+def talk(world: World, stage: Stage) -> Example:
+    """Returns a greeting, thanks, a question about the model, or one that no journal answers."""
     rng = world.rng
     entries: tuple[Entry, ...] = ()
     if rng.random() < 0.5:
@@ -297,22 +217,11 @@ def _talk(world: World, stage: Stage) -> Example:
     return Example(tidy(question) if rng.random() < 0.6 else question, entries, answer)
 
 
-def _history(world: World) -> tuple[tuple[str, str], ...]:
+def history(world: World, stage: Stage) -> tuple[tuple[str, str], ...]:
+    """Returns a turn that has nothing to do with the one that follows."""
     if world.rng.random() < 0.3:
-        talk = _talk(world, STAGES[0])
-        return ((talk.question, talk.answer),)
+        before = talk(world, stage)
+        return ((before.question, before.answer),)
     event = draw_event(world)
     question, _, _ = _ask(event, world.rng)
-    return ((question, cite(event.full, world.rng.randint(1, 4)) if world.rng.random() < 0.8 else ABSENT),)
-
-
-def draw_example(rng: random.Random, stage: int) -> Example:
-    """Draws one example of the given stage; the later ones mix in one in eight of an earlier one."""
-    if stage and rng.random() < 0.12:
-        stage = rng.randrange(stage)
-    setting = STAGES[stage]
-    world = World(rng, plain=rng.random() < setting.plain)
-    example = _talk(world, setting) if rng.random() < setting.talk else _lookup(world, setting)
-    if stage >= 3 and rng.random() < 0.08:
-        return replace(example, turns=_history(World(rng)))
-    return example
+    return ((question, said(event.full) if world.rng.random() < 0.8 else ABSENT),)

@@ -1,20 +1,37 @@
-"""The tokenizer (byte-level BPE, trained on generated text) and the prompt's form."""
+"""The tokenizer (byte-level BPE, trained on generated text) and the prompt's form.
 
-import random
+It is made for copying and for comparing words. "Sowed" at the start of a sentence, " sowed" within one and " sow" in a
+question share their first token: a capital letter is a mark and a small letter, a capital word is marked for the space
+before it and always written with one, and common endings are split off.
+"""
+
+import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from training.answers import Example
+from training.curriculum import Examples
 from training.entries import Entry
-from training.questions import STAGES, Example, draw_example
 
 BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
 USER, ASSISTANT, JOURNAL = "<|user|>", "<|assistant|>", "<|journal|>"
 SPECIAL = (PAD, BOS, END, USER, ASSISTANT, JOURNAL)
-VOCABULARY = 3072
+VOCABULARY = 6144
 CONTEXT = 1024
+
+# Control characters, which no text should hold: " A" becomes SPACED + " a", "A" at the start of a word CAPITAL + " a",
+# and "A" within a word CAPITAL + "a".
+SPACED, CAPITAL = "\x0e", "\x0f"
+_ENDINGS = "ings|ing|ied|ies|ers|ed|es|er|s|e|y|ly"
+# Words that keep their ending, without it: splitting these would only cost tokens.
+_WHOLE_LIST = """
+alway becaus befor cam doe don ever giv go ha hav her hi hom hous it lik littl mad man mor nam onc onl peopl plac sinc
+som tak ther thes thi thos tim us ver wa wer wher yes
+"""
+_WHOLE = _WHOLE_LIST.split()
 
 # The question stands before the entries, so that the model knows while it reads them what is asked, and again after
 # them. Every sentence begins a line, as the answer does: byte-level tokens differ with a space before them, and copying
@@ -33,10 +50,14 @@ CHAT_TEMPLATE = """\
 {{- '<|journal|>' -}}
 {%- for document in documents -%}
 {%- set title = document['title'] | default('', true) | replace('<|', '< |') | trim -%}
-{%- set lines = document['text'] | replace('<|', '< |') | trim | replace('. ', '.\\n') | replace('! ', '!\\n')
-    | replace('? ', '?\\n') | replace('… ', '…\\n') | replace('Dr.\\n', 'Dr. ') | replace('Mr.\\n', 'Mr. ')
-    | replace('Mrs.\\n', 'Mrs. ') | replace('Ms.\\n', 'Ms. ') -%}
-{{- '\\n[' + loop.index | string + '] ' + title + '\\n' + lines -}}
+{%- set shown = namespace(text=document['text'] | replace('<|', '< |') | trim) -%}
+{%- for mark in ['.', '!', '?', '…', '."'] -%}
+{%- set shown.text = shown.text | replace(mark + ' ', mark + '\\n') -%}
+{%- endfor -%}
+{%- for short in ['Dr', 'Mr', 'Mrs', 'Ms', 'St', 'Prof', 'a.m', 'p.m', 'e.g', 'i.e', 'approx', 'vs'] -%}
+{%- set shown.text = shown.text | replace(short + '.\\n', short + '. ') -%}
+{%- endfor -%}
+{{- '\\n[' + loop.index | string + '] ' + title + '\\n' + shown.text -}}
 {%- endfor -%}
 {{- '<|journal|>' + text[:300] -}}
 {%- endif -%}
@@ -49,9 +70,9 @@ CHAT_TEMPLATE = """\
 {{- '<|assistant|>' -}}
 {%- endif -%}
 """
-_BREAKS = [(mark + " ", mark + "\n") for mark in ".!?…"] + [
-    (f"{title}.\n", f"{title}. ") for title in ("Dr", "Mr", "Mrs", "Ms")
-]
+_MARKS = (".", "!", "?", "…", '."')
+_SHORT = ("Dr", "Mr", "Mrs", "Ms", "St", "Prof", "a.m", "p.m", "e.g", "i.e", "approx", "vs")
+_BREAKS = [(mark + " ", mark + "\n") for mark in _MARKS] + [(f"{short}.\n", f"{short}. ") for short in _SHORT]
 
 
 def lines(text: str) -> str:
@@ -87,29 +108,61 @@ def sentence_ends(example: Example, prompt: str) -> list[tuple[int, bool]]:
     return ends
 
 
-def _corpus(seed: int, examples: int) -> Iterator[str]:
-    rng = random.Random(seed)
-    for _ in range(examples):
-        example = draw_example(rng, len(STAGES) - 1)
-        yield "\n".join(
-            [
-                example.question,
-                example.answer,
-                *(f"{e.heading}\n{lines(e.text)}" for e in example.entries),
-            ]
-        )
+def _corpus(seed: int, count: int) -> Iterator[str]:
+    examples = Examples(seed)
+    for _ in range(count):
+        example = examples.draw()
+        shown = (f"{entry.heading}\n{lines(entry.text)}" for entry in example.entries)
+        yield "\n".join([example.question, example.answer, *shown])
 
 
-def train_tokenizer(seed: int = 0, examples: int = 20_000) -> PreTrainedTokenizerFast:
-    """Trains byte-level BPE on generated text; every digit is a token, and any byte has one."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+def _normalizer() -> normalizers.Normalizer:
+    letters = string.ascii_uppercase
+    return normalizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            normalizers.Replace(Regex(f"[{SPACED}{CAPITAL}]"), ""),
+            *(normalizers.Replace(f" {letter}", f"{SPACED} {letter.lower()}") for letter in letters),
+            *(
+                normalizers.Replace(Regex(rf"(?<![\p{{L}}\p{{N}}]){letter}"), f"{CAPITAL} {letter.lower()}")
+                for letter in letters
+            ),
+            *(normalizers.Replace(letter, f"{CAPITAL}{letter.lower()}") for letter in letters),
+        ]
+    )
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    whole = "".join(rf"(?<!\b{word})" for word in _WHOLE)
+    ending = rf"(?<=\p{{L}}{{3}}){whole}(?:{_ENDINGS})(?!\p{{L}})"
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(rf"[{SPACED}{CAPITAL}]|\d"), "isolated"),
+            pre_tokenizers.Split(Regex(ending), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    bpe.decoder = decoders.ByteLevel()
+
+
+def _decoder() -> decoders.Decoder:
+    letters = string.ascii_uppercase
+    return decoders.Sequence(
+        [
+            decoders.ByteLevel(),
+            *(decoders.Replace(f"{SPACED} {letter.lower()}", f" {letter}") for letter in letters),
+            *(decoders.Replace(f"{CAPITAL} {letter.lower()}", letter) for letter in letters),
+            *(decoders.Replace(f"{CAPITAL}{letter.lower()}", letter) for letter in letters),
+            # A mark that no letter follows: the model's slip, or the end of what has come so far.
+            decoders.Replace(Regex(f"[{SPACED}{CAPITAL}]"), ""),
+        ]
+    )
+
+
+def train_tokenizer(seed: int = 0, examples: int = 30_000) -> PreTrainedTokenizerFast:
+    """Trains byte-level BPE on generated text; every digit is a token, and any byte has one."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = _normalizer()
+    bpe.pre_tokenizer = _pre_tokenizer()
+    bpe.decoder = _decoder()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=list(SPECIAL),

@@ -1,4 +1,4 @@
-"""Trains the bundled model: ``python -m training.train --run training/runs/second``; run it again to go on."""
+"""Trains the bundled model: ``python -m training.train --run training/runs/third``; run it again to go on."""
 
 import argparse
 import json
@@ -15,14 +15,16 @@ import torch.multiprocessing as mp
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from training.answers import Example
+from training.curriculum import Examples
 from training.model import MasterWeights, build
-from training.questions import STAGES, Example, draw_example
+from training.stages import STAGES
 from training.tokenizer import END, JOURNAL, example_text, load_tokenizer, sentence_ends
 
 # Move on when the mean answer loss of the last steps is below this; the last stage never ends by itself.
 ADVANCE = (0.4, 0.2, 0.2, 0.25, 0.3)
 # and the probe finds the right sentence with a loss (nats a sentence) below this; by chance it is about 0.5.
-CHOSEN = (9.9, 0.28, 0.28, 0.3, 0.3)
+CHOSEN = (9.9, 0.45, 0.42, 0.38, 0.36)
 LONGEST = 900
 POOL = 8
 DECISIVE = 3.0
@@ -114,7 +116,7 @@ def collate(rows: list[Row], pad: int, journal: int) -> Batch:
         where.extend(range(start, start + count))
         targets.extend(row.answer)
         # The first tokens choose the sentence and the last ones the entry; those between only copy.
-        weights.extend(DECISIVE if at < 4 or at >= count - 4 else 1.0 for at in range(count))
+        weights.extend(DECISIVE if at < 6 or at >= count - 5 else 1.0 for at in range(count))
         asked[index, : len(row.prompt)] = torch.tensor(_asked(row.prompt, journal))
         ends.extend((index * width + at, holds) for at, holds in row.ends)
     at, holds = (
@@ -134,11 +136,11 @@ def collate(rows: list[Row], pad: int, journal: int) -> Batch:
 
 def batches(tokenizer: PreTrainedTokenizerFast, stage: int, seed: int, tokens: int) -> Iterator[Batch]:
     """Yields batches of about `tokens` tokens each, rows of like length together, drawn from `seed`."""
-    rng = random.Random(seed)
+    rng, examples = random.Random(seed), Examples(seed)
     while True:
         rows: list[Row] = []
         while sum(map(len, rows)) < tokens * POOL:
-            rows += _encode(tokenizer, [draw_example(rng, stage) for _ in range(64)])
+            rows += _encode(tokenizer, [examples.draw(stage) for _ in range(64)])
         rows.sort(key=len)
         groups: list[list[Row]] = [[]]
         for row in rows:
@@ -199,16 +201,18 @@ def scale(step: int, steps: int, decay: int, warmup: int = 100) -> float:
     return max(0.02, min(1.0, (steps - step) / max(decay, 1)))
 
 
-def save(path: Path, weights: MasterWeights, progress: Progress) -> None:
-    """Writes a checkpoint whole or not at all."""
-    partial = path.with_suffix(".partial")
-    torch.save({"progress": asdict(progress), **weights.state()}, partial)
-    partial.replace(path)
+def save(path: Path, rank: int, weights: MasterWeights, progress: Progress) -> None:
+    """Writes a checkpoint whole or not at all; every worker must call it, and the first one writes."""
+    state = weights.state()
+    if rank == 0:
+        partial = path.with_suffix(".partial")
+        torch.save({"progress": asdict(progress), **state}, partial)
+        partial.replace(path)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("training/runs/second"))
+    parser.add_argument("--run", type=Path, default=Path("training/runs/third"))
     parser.add_argument("--steps", type=int, default=12_000, help="total, over all resumed parts")
     parser.add_argument(
         "--decay",
@@ -225,7 +229,8 @@ def _arguments() -> argparse.Namespace:
         default=2,
         help="processes of one thread each that share every batch",
     )
-    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--save-every", type=int, default=100, help="steps")
+    parser.add_argument("--log-every", type=int, default=20, help="steps")
     return parser.parse_args()
 
 
@@ -255,16 +260,16 @@ def _work(rank: int, args: argparse.Namespace) -> None:
         tokenizer.convert_tokens_to_ids(END),
     )
     weights, progress, checkpoint = (
-        MasterWeights(model),
+        MasterWeights(model, rank, args.workers),
         Progress(),
         args.run / "checkpoint.pt",
     )
     if checkpoint.is_file():
         saved = torch.load(checkpoint, weights_only=True)
-        weights.restore(saved)
+        weights.restore(saved, rank)
         progress = Progress(**saved["progress"])
         print(f"resumed at step {progress.step}, stage {progress.stage}", flush=True)
-    model.set_attn_implementation("float_attention")
+    model.set_attn_implementation("packed_attention")
     model.train()
     _loop(rank, args, tokenizer, weights, progress)
 
@@ -339,13 +344,13 @@ def _loop(
         progress.tokens += args.workers * batch.ids.numel()
         now = time.monotonic()
         progress.seconds, mark = progress.seconds + now - mark, now
-        if rank == 0 and progress.step % 20 == 0:
+        if rank == 0 and progress.step % args.log_every == 0:
             _log(args.run / "curve.jsonl", progress, rate)
         if progress.stage < len(STAGES) - 1 and progress.stage_step >= 50 and _ready(progress):
             progress.stage, progress.stage_step = progress.stage + 1, 0
             source = _source(rank, args, tokenizer, progress)
-        if rank == 0 and (progress.step % args.save_every == 0 or progress.step == args.steps):
-            save(args.run / "checkpoint.pt", weights, progress)
+        if progress.step % args.save_every == 0 or progress.step == args.steps:
+            save(args.run / "checkpoint.pt", rank, weights, progress)
 
 
 if __name__ == "__main__":

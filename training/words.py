@@ -6,6 +6,7 @@ A template is text with ``{slot}`` names and ``(one|other|)`` choices. A slot's 
 import random
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 _SLOT = re.compile(r"\{([A-Za-z_]+)(\d?)\}")
@@ -168,6 +169,19 @@ _OPEN = {
     "event": 0.05,
     "symptom": 0.03,
 }
+
+
+@cache
+def kinds() -> frozenset[str]:
+    """Returns the names that a slot may have."""
+    return frozenset({*_MAKERS, *VALUES})
+
+
+@cache
+def common_nouns() -> frozenset[str]:
+    """Returns single words that name things, places, animals and food."""
+    listed = (word for kind in ("noun", "bare", "placeword", "animal", "pet", "food", "plant") for word in VALUES[kind])
+    return frozenset(word for word in listed if word.isalpha())
 
 
 def value(slot: str, rng: random.Random) -> str:

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.errors import GenerationError
-from lyra_emergence.journal.search import best_part, terms
-from lyra_emergence.journal.text import one_line, plain, words
+from lyra_emergence.journal.search import asks_for_overview, best_part, terms
+from lyra_emergence.journal.text import flowing, plain, words
 from lyra_emergence.prompting import Excerpt, Exchange, PromptWriter
 
 if TYPE_CHECKING:
@@ -220,7 +220,10 @@ class ChatSession:
             return (), ()
         if not self._journal.entries:
             return (), ("the journal holds no entries yet",)
-        hits = self._journal.search(self._standalone(question), self._passages)
+        if asks_for_overview(question):
+            hits = self._journal.latest(self._passages)
+        else:
+            hits = self._journal.search(self._standalone(question), self._passages)
         return tuple(_source(number, hit) for number, hit in enumerate(hits, start=1)), ()
 
     def _standalone(self, question: str) -> str:
@@ -275,7 +278,7 @@ class ChatSession:
 
 
 def _source(number: int, hit: Hit) -> Source:
-    return Source(number, hit.entry.id, hit.entry.date, hit.entry.label, one_line(hit.passage))
+    return Source(number, hit.entry.id, hit.entry.date, hit.entry.label, flowing(hit.passage))
 
 
 def _citations(text: str) -> tuple[int, ...]:

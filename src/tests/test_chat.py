@@ -311,3 +311,9 @@ def test_a_real_model_answers_and_is_interrupted(checkpoints: Callable[[str], Pa
         assert (chat.last.text, chat.last.finish_reason) == (shown.rstrip(), "interrupted")
     finally:
         with_model.close()
+
+
+def test_an_overview_draws_on_the_newest_entries() -> None:
+    chat = session(Script([["Rain [1]."]]), index("Sun.", "Snow.", "- rain\n- fog"), passages=2)
+    answer = ask(chat, "What have I been up to lately?")
+    assert [source.passage for source in answer.sources] == ["rain. fog.", "Snow."]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lyra_emergence.journal import Journal, JournalEntry, JournalIndex, open_journal
 from lyra_emergence.journal.dates import NamedDate, named_dates
-from lyra_emergence.journal.search import best_part, quoted, terms
+from lyra_emergence.journal.search import asks_for_overview, best_part, quoted, terms
 
 SAMPLE = Path(__file__).parents[2] / "data" / "journal" / "sample.json"
 START = datetime(2025, 3, 1)  # noqa: DTZ001  # a journal's times have an offset only where its writer gave one
@@ -228,3 +228,24 @@ def test_shorter_passages_are_chosen_sentence_by_sentence() -> None:
     short = found.with_passages(40)
     assert [hit.passage for hit in short.search("Who lent me a hose timer?")] == ["Tomasz lent me his hose timer."]
     assert short.journal is found.journal
+
+
+@pytest.mark.parametrize(
+    "question", ["Summarize my week.", "What have I been up to?", "recap", "What is new in my journal?"]
+)
+def test_an_overview_is_of_everything(question: str) -> None:
+    assert asks_for_overview(question)
+
+
+@pytest.mark.parametrize(
+    "question", ["Summarize the marathon.", "Sum up what Dana said", "What did I do last week?", "Hello"]
+)
+def test_a_question_for_something_is_no_overview(question: str) -> None:
+    assert not asks_for_overview(question)
+
+
+def test_the_latest_entries_come_newest_first() -> None:
+    found = index("first", "second", "third. " * 200)
+    assert [(hit.entry.id, hit.passage[:6]) for hit in found.latest(2)] == [("2", "third."), ("1", "second")]
+    assert len(found.latest(9)) == 3
+    assert found.latest(0) == ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lyra_emergence.journal.text import one_line, passages, plain, shorten, words
+from lyra_emergence.journal.text import flowing, one_line, passages, plain, shorten, words
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,13 @@ def test_one_line_and_shorten() -> None:
     assert shorten("short", 5) == "short"
     assert shorten("the quick brown fox", 12) == "the quick…"
     assert shorten("abcdefghij", 5) == "abcd…"
+
+
+def test_a_list_flows_as_sentences() -> None:
+    assert flowing("- milk\n- call Dana!\n  \u2022 [2] rent") == "milk. call Dana! [2] rent."
+    assert flowing("Today:\n1. swim\n2) sleep") == "Today: swim. sleep."
+    assert flowing("a line\nthat goes on - as text does") == "a line that goes on - as text does"
+    assert flowing("") == flowing("\n") == ""
 
 
 def test_passages_keep_sentences_whole() -> None:

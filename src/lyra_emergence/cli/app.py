@@ -312,6 +312,22 @@ def plan_command(
     return run_plan(options, Console(verbose=verbose), explain=explain)
 
 
+@app.command("doctor", cls=_Command)
+def doctor_command(
+    *,
+    model: ModelOption = None,
+    model_config: ModelConfigOption = None,
+    journal: Annotated[Path | None, typer.Option("--journal", metavar="PATH", help="the journal to check")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the findings as JSON")] = False,
+    verbose: VerboseOption = False,
+) -> int:
+    """Check this installation, and say what the bundled model is."""
+    from lyra_emergence.cli.doctor import run_doctor
+
+    options = Options(model=model, model_config=model_config, journal=journal, json=as_json)
+    return run_doctor(options, Console(verbose=verbose))
+
+
 app.add_typer(config_app, name="config")
 
 

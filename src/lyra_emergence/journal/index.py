@@ -140,6 +140,13 @@ class JournalIndex:
             best.setdefault(passage.entry.id, search.Hit(passage.entry, score, passage.text))
         return tuple(best.values())[:limit]
 
+    def latest(self, limit: int = 4) -> tuple[Hit, ...]:
+        """Return the newest entries, newest first, `limit` at most, each with the beginning of its text."""
+        first: dict[str, Hit] = {}
+        for passage in self._passages:
+            first.setdefault(passage.entry.id, search.Hit(passage.entry, 0.0, passage.text))
+        return tuple(first.values())[: -limit - 1 : -1] if limit > 0 else ()
+
     def _rows(self) -> Iterable[tuple[int, str, str, str]]:
         for row, passage in enumerate(self._passages):
             yield row, passage.entry.title, " ".join((*passage.entry.tags, passage.entry.mood)), passage.text

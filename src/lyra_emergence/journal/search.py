@@ -11,7 +11,7 @@ from lyra_emergence.journal.text import passages, words
 if TYPE_CHECKING:
     from lyra_emergence.journal.entries import JournalEntry
 
-__all__ = ["Hit", "beginning_with", "best_part", "quoted", "terms"]
+__all__ = ["Hit", "asks_for_overview", "beginning_with", "best_part", "quoted", "terms"]
 
 # Bounds for a text pasted as a question: FTS5 takes longer with every term, and the first ones say what is meant.
 _MAX_TERMS = 32
@@ -36,6 +36,19 @@ mentioned need ok okay please question read recall remember show sorry sure tell
 wonder wondering write written wrote diary entries entry
 """
 _STOP_WORDS = frozenset(_STOP_WORD_LIST.split())
+
+
+_OVERVIEW = re.compile(
+    r"\b(?:summar(?:y|ies|i[sz]e[ds]?|i[sz]ing)|sum(?: it)? up|recap|overview|catch me up|what(?:'s| is) new"
+    r"|been (?:up to|going on|doing)|(?:happen(?:ed|ing)|written) (?:lately|recently))\b",
+    re.IGNORECASE,
+)
+# What may stand in a question for an overview without naming anything in the journal.
+_OVERVIEW_WORD_LIST = """
+been bring brief catch day days doing everything happened happening last lately latest life month new news overview
+quick quickly recap recent recently short sum summaries summarise summarize summary today up week weeks
+"""
+_OVERVIEW_WORDS = frozenset(_OVERVIEW_WORD_LIST.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +76,11 @@ def terms(question: str) -> tuple[str, ...]:
     names = {name.lower() for name in _NAME.findall(question)}
     telling = (word for word in words(question) if _tells(word) or word in names)
     return tuple(dict.fromkeys(telling))[:_MAX_TERMS]
+
+
+def asks_for_overview(question: str) -> bool:
+    """Return whether `question` asks what has been happening at large and names nothing: "Summarize my week."."""
+    return bool(_OVERVIEW.search(question[:_MAX_QUESTION])) and _OVERVIEW_WORDS.issuperset(terms(question))
 
 
 def _tells(word: str) -> bool:

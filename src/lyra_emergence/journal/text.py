@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["one_line", "passages", "plain", "shorten", "words"]
+__all__ = ["flowing", "one_line", "passages", "plain", "shorten", "words"]
 
 PASSAGE_LENGTH = 600
 """Characters of a passage at most: about 150 tokens, so that four of them fit a small model's context."""
@@ -20,6 +20,9 @@ _ESCAPES = re.compile(
 # C0 but tab and newline, DEL, C1, and the bidirectional overrides and isolates that reorder what a reader sees.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _LINE_ENDS = re.compile(r"\r\n?|[\x85\u2028\u2029]")
+
+_BULLET = re.compile(r"\s*(?:[-*\u2022\u2013\u2014+]|\d{1,2}[.)])\s+")
+_ENDS = ".!?\u2026:;,\u3002"
 
 _SENTENCE_END = re.compile(r"[.!?…]['\")\]’”]*\s+|[。！？]['\")\]’”」』]*\s*|\n\s*\n\s*")  # noqa: RUF001
 _ABBREVIATION = re.compile(
@@ -38,6 +41,18 @@ def plain(text: str) -> str:
 def one_line(text: str) -> str:
     """Return `text` plain and on one line, runs of white space being one space."""
     return " ".join(plain(text).split())
+
+
+def flowing(text: str) -> str:
+    r"""Return `text` on one line as sentences: a list's marks go, and its items end with a full stop.
+
+    "- milk\n- call Dana" is "milk. call Dana."; text without such marks stays as `one_line` has it.
+    """
+    lines = plain(text).split("\n")
+    if not any(_BULLET.match(line) for line in lines):
+        return one_line(text)
+    items = [one_line(_BULLET.sub("", line)) for line in lines]
+    return " ".join(item if item[-1] in _ENDS else f"{item}." for item in items if item)
 
 
 def shorten(text: str, limit: int) -> str:
