@@ -54,6 +54,11 @@ class StandInHub:
         ignores_ranges: Whether a request for the rest of a file is answered with all of it.
         requests: Method and path of each request so far.
         resumed: How many requests for the rest of a file were answered with the rest.
+        redirects: Whether files lie on another host, which requests are sent on to.
+        overstated: Bytes by which the answer to a range overstates the file's length.
+        patience: How many more requests for files are told to come back later.
+        tokens: The path of each request that carried a token.
+        sent: Bytes of files sent so far.
     """
 
     repositories: dict[str, Path] = field(default_factory=dict)
@@ -64,6 +69,11 @@ class StandInHub:
     ignores_ranges: bool = False
     requests: list[tuple[str, str]] = field(default_factory=list)
     resumed: int = 0
+    redirects: bool = False
+    overstated: int = 0
+    patience: int = 0
+    tokens: list[str] = field(default_factory=list)
+    sent: int = 0
 
     def __enter__(self) -> Self:
         self.closing = threading.Event()
@@ -132,10 +142,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path))
-        about_file = _FILE.fullmatch(path)
+        if "Authorization" in self.headers:
+            self.hub.tokens.append(path)
+        about_file = _FILE.fullmatch(path.removeprefix("/elsewhere"))
         fault = self.hub.fault or (self.hub.file_fault if about_file else None)
         if fault is not None:
             self._fail(fault)
+        elif about_file and self.hub.redirects and not path.startswith("/elsewhere"):
+            # By another name the same machine is another host, which must not see the token.
+            port = self.hub.url.rpartition(":")[2]
+            self._send(302, b"", {"Location": f"http://localhost:{port}/elsewhere{self.path}"})
+        elif about_file and self.hub.patience > 0:
+            self.hub.patience -= 1
+            self._send(429, b"{}", {"Retry-After": "0"})
         elif about_file:
             self._send_file(about_file["id"], about_file["revision"], about_file["file"])
         elif about_model := _API.fullmatch(path):
@@ -197,16 +216,22 @@ class _Handler(BaseHTTPRequestHandler):
         if path is None:
             self._send(404, b"", {"X-Error-Code": "EntryNotFound", **commit})
             return
-        content = path.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes", **commit}
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        size = path.stat().st_size
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        begin, end = 0, size
+        if wanted is not None and not self.hub.ignores_ranges:
+            begin, end = int(wanted[1]), min(int(wanted[2]) + 1 if wanted[2] else size, size)
+        with path.open("rb") as file:
+            file.seek(begin)
+            content = file.read(end - begin)
+        mark = hashlib.sha256(f"{path.name} {size} {path.stat().st_mtime_ns}".encode()).hexdigest()
+        headers = {"ETag": f'"{mark}"', "Accept-Ranges": "bytes", **commit}
         if wanted is None or self.hub.ignores_ranges:
             self._send(200, content, headers)
             return
         self.hub.resumed += 1
-        begin = int(wanted[1])
-        headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
-        self._send(206, content[begin:], headers)
+        headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size + self.hub.overstated}"
+        self._send(206, content, headers)
 
     def _send(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
@@ -220,4 +245,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.cuts -= 1
             self.close_connection = True
             body = body[: len(body) // 2]
-        self.wfile.write(body)
+        try:
+            self.wfile.write(body)
+        except OSError:
+            self.close_connection = True  # whoever asked has enough
+            return
+        if headers is not None and "ETag" in headers:
+            self.hub.sent += len(body)

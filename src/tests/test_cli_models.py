@@ -132,11 +132,17 @@ def test_a_named_model_is_never_replaced(tmp_path: Path) -> None:
         choose_model(resolved(tmp_path, model_id=PHI), fetch=hub.fetch, choose=not_asked, source=hub)
 
 
-def test_planning_never_asks_the_hub_for_a_named_model(tmp_path: Path) -> None:
+def test_planning_a_named_model_asks_the_hub_and_downloads_nothing(tmp_path: Path) -> None:
     hub = Hub(remote=REMOTE)
-    with pytest.raises(ModelUnavailableError, match=r"^microsoft/phi-2 is not on this machine$") as caught:
-        find_model(resolved(tmp_path, model_id=PHI), source=hub)
-    assert caught.value.hint == ("download it with: lyra.py --model microsoft/phi-2   (or give a checkpoint's folder)")
+    choice = find_model(resolved(tmp_path, model_id=PHI), source=hub)
+    assert choice.remote == REMOTE
+    assert choice.notes[0].startswith("microsoft/phi-2 is not on this machine: planned from its headers; a download is")
+    assert (hub.looked_up, hub.fetched) == ([PHI], [])
+
+
+def test_planning_a_model_that_was_merely_found_asks_nobody(tmp_path: Path) -> None:
+    hub = Hub(remote=REMOTE)
+    assert find_model(resolved(tmp_path, '{"model_id": "some/model"}'), source=hub).stands_in
     assert hub.looked_up == []
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from lyra_emergence.bundled import BUNDLED_ID, bundled_directory
 from lyra_emergence.checkpoint.architecture import context_length, language_config
 from lyra_emergence.checkpoint.blocks import Block, find_blocks
+from lyra_emergence.checkpoint.files import CheckpointFiles, FolderFiles
 from lyra_emergence.checkpoint.json_files import DAMAGED, read_object, shown
-from lyra_emergence.checkpoint.safetensors_header import TensorInfo, read_header
+from lyra_emergence.checkpoint.safetensors_header import TensorInfo
 from lyra_emergence.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointIndex",
     "TensorInfo",
     "read_checkpoint",
+    "read_files",
     "read_weight_map",
 ]
 
@@ -56,6 +58,7 @@ class CheckpointIndex:
         tensors: Every stored tensor by its name; also a head's copy that `blocks` leaves out because it is tied.
         blocks: The parts that are placed one by one, in execution order.
         weight_format: How the weights are stored. "bin" is never read; `read_checkpoint` refuses it.
+        label: What a person calls it, where that is not told by its folder.
     """
 
     directory: Path
@@ -63,10 +66,13 @@ class CheckpointIndex:
     tensors: Mapping[str, TensorInfo]
     blocks: tuple[Block, ...]
     weight_format: Literal["safetensors", "bin"] = "safetensors"
+    label: str = ""
 
     @property
     def name(self) -> str:
         """What a person calls it: its hub id where it stands in a Hugging Face cache, else its folder's name."""
+        if self.label:
+            return self.label
         repository = self.directory.parent.parent.name
         if self.directory.parent.name == "snapshots" and repository.startswith(_CACHED):
             return repository.removeprefix(_CACHED).replace("--", "/")
@@ -132,13 +138,28 @@ def _read(directory: Path) -> CheckpointIndex:
     if not directory.is_dir():
         what = "is a file, not a folder" if directory.exists() else "does not exist"
         raise CheckpointError(f"{directory} {what}", hint=f"give the folder that holds {CONFIG_FILE}")
-    if not (directory / CONFIG_FILE).exists():
-        raise _not_a_checkpoint(directory, f"has no {CONFIG_FILE}")
-    config = read_object(directory / CONFIG_FILE, limit=_MAX_CONFIG_BYTES, strict=False)
-    tensors = _read_tensors(directory, config)
+    return read_files(FolderFiles(directory), directory)
+
+
+def read_files(files: CheckpointFiles, directory: Path, label: str = "") -> CheckpointIndex:
+    """Return what the checkpoint made of `files` holds.
+
+    Args:
+        files: Where to read from.
+        directory: The index's `directory`.
+        label: The index's `label`.
+
+    Raises:
+        CheckpointError: As `read_checkpoint`.
+    """
+    if not files.exists(CONFIG_FILE):
+        raise _not_a_checkpoint(files, f"has no {CONFIG_FILE}")
+    config = files.read_object(CONFIG_FILE, limit=_MAX_CONFIG_BYTES, strict=False)
+    tensors = _read_tensors(files, config)
     if not tensors:
-        raise CheckpointError(f"{directory}: the weights hold no tensor", hint=DAMAGED)
-    return CheckpointIndex(directory, config, tensors, find_blocks(tensors, config, str(directory)))
+        raise CheckpointError(f"{files.where()}: the weights hold no tensor", hint=DAMAGED)
+    blocks = find_blocks(tensors, config, files.where())
+    return CheckpointIndex(directory, config, tensors, blocks, label=label)
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
@@ -147,7 +168,11 @@ def read_weight_map(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: The index is malformed, or names a file outside of its folder.
     """
-    weight_map = read_object(path, limit=_MAX_INDEX_BYTES, strict=True).get("weight_map")
+    return _weight_map(read_object(path, limit=_MAX_INDEX_BYTES, strict=True), str(path))
+
+
+def _weight_map(index: Mapping[str, Any], path: str) -> dict[str, str]:
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: 'weight_map' must map tensors to files", hint=DAMAGED)
     for tensor, file in weight_map.items():
@@ -166,44 +191,43 @@ def _stays_inside(file: str) -> bool:
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not hostile
 
 
-def _read_tensors(directory: Path, config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+def _read_tensors(files: CheckpointFiles, config: Mapping[str, Any]) -> dict[str, TensorInfo]:
     explicit = config.get("transformers_weights")
     if explicit is not None and (not isinstance(explicit, str) or not _stays_inside(explicit)):
         raise CheckpointError(
-            f"{directory / CONFIG_FILE}: 'transformers_weights' is {shown(explicit)}, no file of this folder",
+            f"{files.where(CONFIG_FILE)}: 'transformers_weights' is {shown(explicit)}, no file of this folder",
             hint=f"name a .safetensors file, or rename the weights to {WEIGHTS_FILE}",
         )
     names = (explicit,) if explicit else (WEIGHTS_FILE, INDEX_FILE)
-    found = next((name for name in names if (directory / name).exists()), None)
+    found = next((name for name in names if files.exists(name)), None)
     if found is None:
-        raise _not_a_checkpoint(directory, f"has no {' or '.join(names)}")
+        raise _not_a_checkpoint(files, f"has no {' or '.join(names)}")
     if found.endswith(".index.json"):
-        return _read_shards(directory, found)
-    return {tensor.name: tensor for tensor in read_header(directory, found)}
+        return _read_shards(files, found)
+    return {tensor.name: tensor for tensor in files.read_headers([found])[found]}
 
 
-def _read_shards(directory: Path, index: str) -> dict[str, TensorInfo]:
-    weight_map = read_weight_map(directory / index)
+def _read_shards(files: CheckpointFiles, index: str) -> dict[str, TensorInfo]:
+    weight_map = _weight_map(files.read_object(index, limit=_MAX_INDEX_BYTES, strict=True), files.where(index))
     tensors: dict[str, TensorInfo] = {}
     # transformers reads all that the named shards hold, listed or not; the index decides where two hold the same.
-    for shard in dict.fromkeys(weight_map.values()):
-        for tensor in read_header(directory, shard):
+    for shard, held in files.read_headers(dict.fromkeys(weight_map.values())).items():
+        for tensor in held:
             if weight_map.get(tensor.name, shard) == shard:
                 tensors[tensor.name] = tensor
     missing = next((name for name in weight_map if name not in tensors), None)
     if missing is not None:
         raise CheckpointError(
-            f"{directory / weight_map[missing]}: tensor {shown(missing)} is missing, though {index} lists it",
+            f"{files.where(weight_map[missing])}: tensor {shown(missing)} is missing, though {index} lists it",
             hint="the shards do not belong together; download or copy the checkpoint again",
         )
     return tensors
 
 
-def _not_a_checkpoint(directory: Path, lack: str) -> CheckpointError:
+def _not_a_checkpoint(files: CheckpointFiles, lack: str) -> CheckpointError:
     """Return the error for a folder without what `lack` names, with the remedy for what it holds instead."""
-    files = sorted(path.name for path in directory.iterdir())
-    what, hint = _instead(files)
-    return CheckpointError(f"{directory} {lack}{what}", hint=hint)
+    what, hint = _instead(files.names())
+    return CheckpointError(f"{files.where()} {lack}{what}", hint=hint)
 
 
 def _instead(files: list[str]) -> tuple[str, str]:

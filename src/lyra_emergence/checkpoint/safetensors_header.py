@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-__all__ = ["DTYPE_BITS", "TensorInfo", "read_header"]
+__all__ = ["DTYPE_BITS", "PREFIX_BYTES", "TensorInfo", "header_length", "parse_header", "read_header"]
 
 DTYPE_BITS = {
     "BOOL": 8,
@@ -48,7 +48,8 @@ DTYPE_BITS = {
 }
 """Bits of one element, for each dtype that safetensors 0.8 knows."""
 
-_LENGTH_BYTES = 8
+PREFIX_BYTES = 8
+"""Bytes in front of the header, which hold its length."""
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_COUNT = 2**64 - 1
 _METADATA = "__metadata__"
@@ -90,50 +91,67 @@ def read_header(directory: Path, file: str) -> tuple[TensorInfo, ...]:
             names the file and, where one is to blame, the tensor.
     """
     path = directory / file
-    raw, data_bytes = _read_raw(path)
-    entries = parse_object(raw, f"{path}: header", strict=True)
-    _check_metadata(entries.pop(_METADATA, None), path)
-    data_start = _LENGTH_BYTES + len(raw)
-    found = [_tensor(name, entry, path, file, data_start) for name, entry in entries.items()]
+    stream, size = open_regular(path)
+    with stream:
+        length = header_length(stream.read(PREFIX_BYTES) or b"", size, str(path))
+        raw = stream.read(length) or b""
+    return parse_header(raw, length, size, str(path), file)
+
+
+def header_length(prefix: bytes, size: int, where: str) -> int:
+    """Return the bytes of the header, from the first `PREFIX_BYTES` of a file of `size` bytes.
+
+    Raises:
+        CheckpointError: They are no beginning of a safetensors file of that size; `where` begins the message.
+    """
+    if size < PREFIX_BYTES or len(prefix) < PREFIX_BYTES:
+        raise CheckpointError(f"{where}: {size} bytes are too few for a safetensors file", hint=DAMAGED)
+    if prefix == _LFS_POINTER:
+        raise CheckpointError(
+            f"{where} is a Git LFS pointer, not the weights", hint="run `git lfs pull` in that folder"
+        )
+    length = int.from_bytes(prefix, "little")
+    # Threat: eight bytes may claim an exabyte. Nothing is allocated for more than the file really holds.
+    limit = min(size - PREFIX_BYTES, _MAX_HEADER_BYTES)
+    if length > limit:
+        raise CheckpointError(f"{where}: the header claims {length} bytes; at most {limit} are possible", hint=DAMAGED)
+    return length
+
+
+def parse_header(raw: bytes, length: int, size: int, where: str, file: str) -> tuple[TensorInfo, ...]:
+    """Return the tensors that a header describes, in the order of their bytes.
+
+    Args:
+        raw: The header as it was read.
+        length: The bytes that it should have.
+        size: Bytes of the whole file.
+        where: What begins the message of each error.
+        file: The file's name within the checkpoint.
+
+    Raises:
+        CheckpointError: The header is not what the format demands.
+    """
+    if len(raw) != length:
+        raise CheckpointError(f"{where}: it ended while its header was read", hint=DAMAGED)
+    if not raw.startswith(b"{"):
+        raise CheckpointError(f"{where}: no safetensors file: its header does not begin with '{{'", hint=DAMAGED)
+    entries = parse_object(raw, f"{where}: header", strict=True)
+    _check_metadata(entries.pop(_METADATA, None), where)
+    data_start = PREFIX_BYTES + length
+    found = [_tensor(name, entry, where, file, data_start) for name, entry in entries.items()]
     found.sort(key=lambda tensor: (tensor.begin, tensor.end))
-    _check_coverage(found, path, data_start, data_start + data_bytes)
+    _check_coverage(found, where, data_start, size)
     return tuple(found)
 
 
-def _read_raw(path: Path) -> tuple[bytes, int]:
-    """Return the header's bytes and the number of bytes behind it."""
-    stream, size = open_regular(path)
-    with stream:
-        if size < _LENGTH_BYTES:
-            raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file", hint=DAMAGED)
-        prefix = stream.read(_LENGTH_BYTES) or b""
-        if prefix == _LFS_POINTER:
-            raise CheckpointError(
-                f"{path} is a Git LFS pointer, not the weights", hint="run `git lfs pull` in that folder"
-            )
-        length = int.from_bytes(prefix, "little")
-        # Threat: eight bytes may claim an exabyte. Nothing is allocated for more than the file really holds.
-        limit = min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES)
-        if length > limit:
-            raise CheckpointError(
-                f"{path}: the header claims {length} bytes; at most {limit} are possible", hint=DAMAGED
-            )
-        raw = stream.read(length) or b""
-    if len(raw) != length:
-        raise CheckpointError(f"{path}: it ended while its header was read", hint=DAMAGED)
-    if not raw.startswith(b"{"):
-        raise CheckpointError(f"{path}: no safetensors file: its header does not begin with '{{'", hint=DAMAGED)
-    return raw, size - _LENGTH_BYTES - length
-
-
-def _check_metadata(metadata: Any, path: Path) -> None:
+def _check_metadata(metadata: Any, path: str) -> None:
     if metadata is None:
         return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: header: '{_METADATA}' must map text to text", hint=DAMAGED)
 
 
-def _tensor(name: str, entry: Any, path: Path, file: str, data_start: int) -> TensorInfo:
+def _tensor(name: str, entry: Any, path: str, file: str, data_start: int) -> TensorInfo:
     where = f"{path}: tensor {shown(name)}"
     if not name or not _is_unicode(name):
         raise CheckpointError(f"{where}: the name is {'empty' if not name else 'no valid Unicode'}", hint=DAMAGED)
@@ -186,7 +204,7 @@ def _check_size(where: str, dtype: str, bits: int, shape: tuple[int, ...], nbyte
         )
 
 
-def _check_coverage(tensors: Iterable[TensorInfo], path: Path, begin: int, end: int) -> None:
+def _check_coverage(tensors: Iterable[TensorInfo], path: str, begin: int, end: int) -> None:
     """Check that the tensors cover the bytes from `begin` to `end` without gap or overlap, as the format demands."""
     position = begin
     for tensor in tensors:

@@ -10,6 +10,7 @@ The rule: what a person named is never replaced, and what nobody named is never 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from lyra_emergence import bundled, hub
@@ -18,7 +19,6 @@ from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
     from lyra_emergence.config import ModelConfig, ResolvedConfig
     from lyra_emergence.hub import RemoteModel
@@ -61,12 +61,14 @@ class ModelChoice:
         directory: The checkpoint's folder.
         notes: What to tell the user about the choice, a line each.
         stands_in: Whether the bundled model replaces the configured one.
+        remote: The model on the hub, where it is only planned for and `directory` holds nothing.
     """
 
     config: ModelConfig
     directory: Path
     notes: tuple[str, ...] = ()
     stands_in: bool = False
+    remote: RemoteModel | None = None
 
 
 def is_named(resolved: ResolvedConfig) -> bool:
@@ -107,20 +109,20 @@ def choose_model(
 
 
 def find_model(resolved: ResolvedConfig, *, source: Hub | None = None) -> ModelChoice:
-    """Return the model to plan for, from disk only: planning downloads nothing and asks nothing.
+    """Return the model to plan for: from disk, or, where a person named it, what the hub lists of it.
 
     Raises:
-        ModelUnavailableError: The model was named and is not on this machine.
+        ModelUnavailableError: The model was named, is not on this machine, and the hub does not show it.
     """
     hub_ = source or _HUB
     directory = hub_.find_local(resolved.config.model_id)
     if directory is not None:
         return ModelChoice(resolved.config, directory)
     if is_named(resolved):
-        raise ModelUnavailableError(
-            f"{resolved.config.model_id} is not on this machine",
-            hint=f"download it with: lyra.py --model {resolved.config.model_id}   (or give a checkpoint's folder)",
-        )
+        remote = hub_.look_up(resolved.config.model_id)
+        note = f"{remote.model_id} is not on this machine: planned from its headers; a download is"
+        notes = (f"{note} {describe_download(remote)}",)
+        return ModelChoice(resolved.config, Path(remote.model_id), notes, remote=remote)
     return _stand_in(resolved, f"{_missing(resolved)}; planning the bundled model")
 
 

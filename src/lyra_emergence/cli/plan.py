@@ -14,6 +14,7 @@ from lyra_emergence.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from lyra_emergence.checkpoint import CheckpointIndex
     from lyra_emergence.cli.console import Console, Style
     from lyra_emergence.cli.models import ModelChoice
     from lyra_emergence.cli.options import Options
@@ -58,11 +59,21 @@ def run_plan(options: Options, console: Console, *, explain: str | None = None) 
 
 def make_plan_for(choice: ModelChoice) -> Plan:
     """Plan the chosen model on this machine."""
-    from lyra_emergence.checkpoint import read_checkpoint
     from lyra_emergence.machine import probe_machine
     from lyra_emergence.plan import make_plan
 
-    return make_plan(choice.config, read_checkpoint(choice.directory), probe_machine())
+    return make_plan(choice.config, read_index(choice), probe_machine())
+
+
+def read_index(choice: ModelChoice) -> CheckpointIndex:
+    """Return what the chosen model's checkpoint holds, from its folder or from the hub."""
+    if choice.remote is not None:
+        from lyra_emergence.hub.headers import read_remote_checkpoint
+
+        return read_remote_checkpoint(choice.remote)
+    from lyra_emergence.checkpoint import read_checkpoint
+
+    return read_checkpoint(choice.directory)
 
 
 def summary(plan: Plan, name: str) -> str:

@@ -48,6 +48,7 @@ class RemoteModel:
         files: Names of the files that a load needs, the weights last.
         nbytes: Bytes of these files.
         reference: The branch or tag that led to the commit; the cache remembers it for later look-ups.
+        sizes: Bytes of each of `files`, as the hub lists them.
     """
 
     model_id: str
@@ -55,6 +56,7 @@ class RemoteModel:
     files: tuple[str, ...]
     nbytes: int
     reference: str = "main"
+    sizes: tuple[int, ...] = ()
 
 
 def find_local(model_id: str, *, revision: str | None = None) -> Path | None:
@@ -281,8 +283,8 @@ def _remote(model_id: str, revision: str | None, listing: _Listing) -> RemoteMod
         )
     if CONFIG_FILE not in files:
         raise ModelUnavailableError(f"{model_id} has no {CONFIG_FILE}", hint="choose another model")
-    nbytes = sum(sizes[file] for file in files)
-    return RemoteModel(model_id, listing.commit, files, nbytes, revision or "main")
+    listed = tuple(sizes[file] for file in files)
+    return RemoteModel(model_id, listing.commit, files, sum(listed), revision or "main", listed)
 
 
 def _holds(files: dict[str, int]) -> str:
