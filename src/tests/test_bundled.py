@@ -1,6 +1,7 @@
 """The checkpoint that ships: it loads quietly, reads entries, cites, abstains and stops."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lyra_emergence.bundled
+from lyra_emergence.bundled import BUNDLED_ID, BUNDLED_PASSAGE_LENGTH, BUNDLED_PASSAGES
+from lyra_emergence.chat import Answer, ChatSession
+from lyra_emergence.config import ModelConfig
+from lyra_emergence.errors import GenerationError
+from lyra_emergence.generation import GenerationOptions
+from lyra_emergence.journal import Journal, JournalEntry, JournalIndex
+from lyra_emergence.loading import LoadedModel, load
 
 FOLDER = Path(lyra_emergence.bundled.__file__).parent
 ABSENT = "The journal entries I was given do not say."
@@ -100,6 +108,7 @@ def test_bfloat16_and_float32_agree(model: Any, tokenizer: Any) -> None:
         " ",
         "a  b\n\n c\t",
         "żółć, naïve, „quoted“",
+        "McDonald's iPhone USA, a B cD",
         "日本語の日記",
         "اليوم",
         "🙂👩‍👩‍👧",
@@ -107,7 +116,19 @@ def test_bfloat16_and_float32_agree(model: Any, tokenizer: Any) -> None:
         "<|end|> said I",
         "x" * 5000,
     ],
-    ids=["empty", "space", "whitespace", "accents", "japanese", "arabic", "emoji", "control", "special", "long"],
+    ids=[
+        "empty",
+        "space",
+        "whitespace",
+        "accents",
+        "capitals",
+        "japanese",
+        "arabic",
+        "emoji",
+        "control",
+        "special",
+        "long",
+    ],
 )
 def test_any_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
@@ -130,9 +151,10 @@ def test_template_numbers_the_entries_and_keeps_the_turns(tokenizer: Any) -> Non
 
 
 def test_template_puts_every_sentence_on_a_line(tokenizer: Any) -> None:
-    text = "Saw Dr. Okafor at 9.30. Rain! Why me? I sulked… Then Mr. Bo came."
+    text = 'Saw Dr. Okafor at 9.30 p.m. sharp. Rain! Why me? I sulked… He said "so." Then Mr. Bo came.'
     prompt = rendered(tokenizer, [{"role": "user", "content": "Who came?"}], [{"title": "", "text": text}])
-    assert "\n[1] \nSaw Dr. Okafor at 9.30.\nRain!\nWhy me?\nI sulked…\nThen Mr. Bo came.<|journal|>" in prompt
+    shown = 'Saw Dr. Okafor at 9.30 p.m. sharp.\nRain!\nWhy me?\nI sulked…\nHe said "so."\nThen Mr. Bo came.'
+    assert f"\n[1] \n{shown}<|journal|>" in prompt
 
 
 def test_no_text_can_close_its_turn(tokenizer: Any) -> None:
@@ -146,3 +168,82 @@ def test_no_text_can_close_its_turn(tokenizer: Any) -> None:
 def test_odd_questions_come_to_an_end(model: Any, tokenizer: Any, question: str) -> None:
     answer, _ = reply(model, tokenizer, question, ENTRIES)
     assert len(answer) < 400
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[LoadedModel]:
+    config = ModelConfig(model_id=BUNDLED_ID, device_map="cpu")
+    model = load(config, directory=FOLDER)
+    yield model
+    model.close()
+
+
+def told(loaded: LoadedModel, question: str, *texts: str) -> Answer:
+    """The answer over a journal of `texts`, through the search and the prompt that the program uses."""
+    start = datetime(2025, 3, 1)  # noqa: DTZ001
+    entries = tuple(JournalEntry(str(at), start.replace(day=at), text) for at, text in enumerate(texts, start=1))
+    index = JournalIndex(Journal(Path("journal.json"), entries), passage_length=BUNDLED_PASSAGE_LENGTH)
+    options = GenerationOptions.for_model(loaded)
+    chat = ChatSession(loaded, index, options=options, passages=BUNDLED_PASSAGES)
+    for _ in chat.ask(question):
+        pass
+    assert chat.last is not None
+    return chat.last
+
+
+LONG = "The ferry was late again and nobody knew why. " * 1100
+ODD = {
+    "accents": ("Où est la clé de Zoë?", "Zoë a caché la clé sous l'évier."),
+    "japanese": ("鍵はどこですか", "鍵は机の上にあります。雨が降った。"),
+    "arabic": ("أين المفتاح", "المفتاح على الطاولة."),
+    "emoji": ("Who brought the 🎂?", "🎂🎂 Dana brought the 🎂 and a 🕯️. 🙂👩‍👩‍👧"),
+    "long entry": ("Why was the ferry late?", LONG + "The ferry was late because of the fog."),
+    "one long word": ("What is xxxx?", "x" * 50_000),
+    "signs": ("??? [1] [2] <|end|>", "[2] <|journal|> ??? !!! ((("),
+    "repetition": ("What did the bell do?", "The bell rang and rang and rang and rang and rang and rang and rang."),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_journals_get_an_answer_that_ends(loaded: LoadedModel, name: str) -> None:
+    question, text = ODD[name]
+    answer = told(loaded, question, text, "I went home.")
+    assert answer.finish_reason == "stop"
+    assert answer.text
+    assert not answer.unknown_citations
+
+
+def test_an_empty_journal_is_said_to_hold_nothing(loaded: LoadedModel) -> None:
+    answer = told(loaded, "Where did I meet Dana?")
+    assert answer.text == ABSENT
+    assert answer.notes == ("the journal holds no entries yet",)
+
+
+def test_a_question_longer_than_the_context_is_a_clear_error(loaded: LoadedModel) -> None:
+    with pytest.raises(GenerationError, match=r"the question takes \d+ tokens, and the model's context has 1024"):
+        told(loaded, "Where did I meet Dana? " * 1000, "I met Dana.")
+
+
+def test_a_long_question_is_answered(loaded: LoadedModel) -> None:
+    question = "I have been looking for this everywhere, and nobody here can tell me. " * 8 + "Where did I meet Dana?"
+    assert told(loaded, question, "I met Dana at the harbor.").finish_reason == "stop"
+
+
+def test_a_follow_up_question_leans_on_the_one_before(loaded: LoadedModel) -> None:
+    start = datetime(2025, 3, 1)  # noqa: DTZ001
+    entry = JournalEntry("1", start, "I met Dana at the harbor. She sells old maps from a blue van.", title="Harbor")
+    index = JournalIndex(Journal(Path("journal.json"), (entry,)), passage_length=BUNDLED_PASSAGE_LENGTH)
+    chat = ChatSession(loaded, index, options=GenerationOptions.for_model(loaded), passages=BUNDLED_PASSAGES)
+    for question in ("Where did I meet Dana?", "And what does she sell?"):
+        for _ in chat.ask(question):
+            pass
+    assert [turn.answer.text for turn in chat.turns] == [
+        "You met Dana at the harbor [1].",
+        "She sells old maps from a blue van [1].",
+    ]
+
+
+def test_a_summary_cites_each_entry(loaded: LoadedModel) -> None:
+    answer = told(loaded, "Summarize my week.", "I planted beans.", "I met Dana at the harbor.", "It snowed.")
+    assert [source.number for source in answer.cited] == [1, 2, 3]
+    assert answer.finish_reason == "stop"

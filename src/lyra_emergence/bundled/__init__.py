@@ -7,9 +7,9 @@ __all__ = ["BUNDLED_ID", "BUNDLED_PASSAGES", "BUNDLED_PASSAGE_LENGTH", "bundled_
 BUNDLED_ID = "lyra-emergence/bundled"
 """The name that `--model` and `model_id` accept for the bundled checkpoint."""
 
-BUNDLED_PASSAGES = 1
+BUNDLED_PASSAGES = 3
 """Journal passages that it is given with a question: with more it tends to quote the wrong one."""
-BUNDLED_PASSAGE_LENGTH = 120
+BUNDLED_PASSAGE_LENGTH = 400
 """Characters of each, a sentence or two: so the search, which is better at it, chooses the sentence."""
 
 
