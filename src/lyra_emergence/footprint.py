@@ -147,8 +147,10 @@ def estimate_footprint(
         quantization: How the projections of the layers are packed.
 
     Raises:
-        ConfigError: The context is longer than the model's, or not positive.
+        ConfigError: The context is longer than the model's, or it or the batch is not positive.
     """
+    if batch <= 0:
+        raise ConfigError(f"in 'batch': {batch} sequences hold nothing; write a positive number")
     context = _checked_context(index, context_length)
     name = compute_dtype(index, dtype)
     shape = _Shape.read(index, itemsize=_TYPE_BITS[TORCH_DTYPES[name]] // 8)

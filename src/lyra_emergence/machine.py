@@ -10,16 +10,16 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["Device", "Machine", "probe_machine"]
+__all__ = ["Device", "Machine", "probe_machine", "with_hardware"]
 
 CUDA_CONTEXT_BYTES = 600 * 10**6
 """What a CUDA context and cuBLAS take before the first tensor: 450 to 560 MB on recent drivers, rounded up."""
@@ -90,6 +90,26 @@ def probe_machine(*, with_torch: bool | None = None) -> Machine:
         with_torch = "torch" in sys.modules or _has_accelerator_beyond_nvml()
     accelerators = tuple(_torch_accelerators(cpu) if with_torch else _nvml_accelerators(os.environ))
     return Machine(accelerators=accelerators, cpu=cpu, notes=notes)
+
+
+def with_hardware(machine: Machine, gpus: Sequence[int], ram: int | None) -> Machine:
+    """Return `machine` with other hardware, to plan for what is not here.
+
+    Args:
+        machine: The machine at hand.
+        gpus: Bytes of each GPU, all free, in place of the accelerators that are here; empty leaves those.
+        ram: Bytes of main memory, all free; None leaves what is here.
+    """
+    accelerators = machine.accelerators
+    if gpus:
+        accelerators = tuple(
+            Device(f"cuda:{at}", "cuda", at, size, size, CUDA_CONTEXT_BYTES, f"a GPU of {format_bytes(size)}")
+            for at, size in enumerate(gpus)
+        )
+    cpu = machine.cpu if ram is None else replace(machine.cpu, total_bytes=ram, free_bytes=ram)
+    notes = machine.notes if ram is None else ()
+    imagined = [f"{len(gpus)} GPU{'s'[: len(gpus) > 1]}"] * bool(gpus) + ["main memory"] * (ram is not None)
+    return Machine(accelerators, cpu, (*notes, f"planned for {' and '.join(imagined)} as given, not as found here"))
 
 
 def available_cpu_bytes() -> int:

@@ -152,20 +152,29 @@ def _layers_by_device(placements: tuple[Placement, ...]) -> dict[str, int]:
     return counts
 
 
-def make_plan(config: ModelConfig, index: CheckpointIndex, machine: Machine) -> Plan:
+def make_plan(config: ModelConfig, index: CheckpointIndex, machine: Machine, *, batch: int = 1) -> Plan:
     """Plan where every block of a checkpoint goes on a machine.
 
     A context that the configuration leaves open is shortened, and said, where the model fits in no other way.
 
+    Args:
+        config: What the user wants.
+        index: The checkpoint.
+        machine: Its devices and their free bytes.
+        batch: Sequences that run together.
+
     Raises:
-        ConfigError: The configuration contradicts the model (a context beyond its own, a map of unknown modules).
+        ConfigError: The configuration contradicts the model (a context beyond its own, a map of unknown modules), or
+            the batch is not positive.
         DoesNotFitError: No rung fits; the error says what is needed, what is there and what to try.
     """
     quantization: Quantization | None = "8bit" if config.load_in_8bit else "4bit" if config.load_in_4bit else None
     failure: DoesNotFitError | None = None
     longer = 0
     for context in _contexts(config, index):
-        footprint = estimate_footprint(index, context_length=context, dtype=config.dtype, quantization=quantization)
+        footprint = estimate_footprint(
+            index, context_length=context, batch=batch, dtype=config.dtype, quantization=quantization
+        )
         shortened = f"the context is shortened to {context} tokens: {longer} do not fit"
         try:
             return _plan(config, index, machine, footprint, (shortened,) if longer else ())

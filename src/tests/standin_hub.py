@@ -221,9 +221,9 @@ class _Handler(BaseHTTPRequestHandler):
         begin, end = 0, size
         if wanted is not None and not self.hub.ignores_ranges:
             begin, end = int(wanted[1]), min(int(wanted[2]) + 1 if wanted[2] else size, size)
-        with path.open("rb") as file:
-            file.seek(begin)
-            content = file.read(end - begin)
+        with path.open("rb") as stream:
+            stream.seek(begin)
+            content = stream.read(end - begin)
         mark = hashlib.sha256(f"{path.name} {size} {path.stat().st_mtime_ns}".encode()).hexdigest()
         headers = {"ETag": f'"{mark}"', "Accept-Ranges": "bytes", **commit}
         if wanted is None or self.hub.ignores_ranges:

@@ -22,6 +22,8 @@ from lyra_emergence.errors import ConfigError
 from lyra_emergence.machine import Device, Machine
 from lyra_emergence.plan import Plan, make_plan
 
+from .paper_checkpoints import phi2
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -176,10 +178,11 @@ def test_a_model_that_is_nowhere_is_exit_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["plan", "no/such-model"]) == 1
     assert capsys.readouterr().err == (
-        "error: no/such-model is not on this machine\n"
-        "hint: download it with: lyra.py --model no/such-model   (or give a checkpoint's folder)\n"
+        "error: no/such-model is not on this machine, and HF_HUB_OFFLINE forbids to ask the hub\n"
+        "hint: unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, or give the folder of a checkpoint on this machine\n"
     )
 
 
@@ -199,3 +202,90 @@ def test_planning_imports_neither_torch_nor_transformers_and_takes_half_a_second
     loaded, _, seconds = done.stderr.splitlines()[-1].partition(" seconds: ")
     assert loaded == "loaded: []"
     assert float(seconds) < 0.5
+
+
+def test_plans_for_hardware_that_is_not_here(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model_config.json").write_text('{"max_memory": {"0": "1GB", "cpu": "2GB"}}')
+    phi2(tmp_path / "phi-2")
+    assert main(["plan", str(tmp_path / "phi-2"), "--gpu", "8GB", "--gpu", "24GB", "--ram", "64GB", "--json"]) == 0
+    captured = capsys.readouterr()
+    devices = {device["device"]: device for device in json.loads(captured.out)["devices"]}
+    assert {name: device["total"] for name, device in devices.items()} == {
+        "cuda:0": 8 * 10**9,
+        "cuda:1": 24 * 10**9,
+        "cpu": 64 * 10**9,
+    }
+    assert devices["cuda:0"]["limit"] > 7 * 10**9, "a limit that was written for another GPU"
+    assert "planned for 2 GPUs and main memory as given, not as found here" in captured.err
+
+
+def test_a_limit_given_with_the_hardware_holds(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    phi2(tmp_path / "phi-2")
+    main(["plan", str(tmp_path / "phi-2"), "--gpu", "8GB", "--max-memory", "0=5GB", "--json"])
+    assert json.loads(capsys.readouterr().out)["devices"][0]["limit"] == 5 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gpu", "6Gb"], "error: in '--gpu': '6Gb' is bits; write '6GB'"),
+        (["--gpu", "0GB"], "error: in '--gpu': 0GB holds nothing; write a size such as 24GB"),
+        (["--ram", "much"], "error: in '--ram': 'much'"),
+        (["--batch", "0"], "error: Invalid value for '--batch'"),
+        (["--8bit", "--4bit"], "load_in_4bit"),
+        (["--dtype", "float12"], "float12"),
+    ],
+)
+def test_wrong_sizes_are_named(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_batch_multiplies_the_cache(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    phi2(tmp_path / "phi-2")
+    sizes = []
+    for batch in ("1", "3"):
+        main(["plan", str(tmp_path / "phi-2"), "--gpu", "80GB", "--batch", batch, "--json"])
+        sizes.append(json.loads(capsys.readouterr().out)["devices"][0])
+    assert sizes[1]["kv_cache"] == 3 * sizes[0]["kv_cache"]
+    assert sizes[1]["weights"] == sizes[0]["weights"]
+
+
+def test_what_if_compares_contexts_and_quantizations(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    phi2(tmp_path / "phi-2")
+    what_if = ["plan", str(tmp_path / "phi-2"), "--gpu", "4GB", "--ram", "8GB", "--context", "1024", "--what-if"]
+    assert main([*what_if, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["format"] == "lyra.what-if/1"
+    cells = [(s["context_length"], s["quantization"]) for s in found["scenarios"]]
+    assert cells == [(context, packed) for context in (1024, 2048) for packed in (None, "8bit", "4bit")]
+    by_cell = dict(zip(cells, found["scenarios"], strict=True))
+    assert by_cell[1024, None]["layers_on_accelerators"] < by_cell[1024, "8bit"]["layers_on_accelerators"]
+    assert by_cell[1024, "4bit"]["rung"] == "full"
+    assert by_cell[1024, None]["layers_on_accelerators"] > by_cell[2048, None]["layers_on_accelerators"]
+    assert main(what_if) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["context", "as", "configured", "8", "bits", "4", "bits"]
+    assert lines[3].split()[0] == "1,024"
+    assert max(map(len, lines)) <= 100
+
+
+def test_what_if_says_where_nothing_fits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    phi2(tmp_path / "phi-2")
+    assert main(["plan", str(tmp_path / "phi-2"), "--gpu", "1GB", "--ram", "100MB", "--what-if"]) == 0
+    assert "does not fit" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A model on the hub, planned from its headers: what is asked for, what is refused, and that it is what a folder says."""
+"""A model on the hub, planned from its headers: what is asked for, what is refused, what is read."""
 
 from __future__ import annotations
 

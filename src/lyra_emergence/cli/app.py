@@ -296,11 +296,25 @@ def plan_command(
         str | None,
         typer.Option("--explain", metavar="BLOCK", help="why this block is where it is"),
     ] = None,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="sequences that run together")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="NAME", help="what to compute in: bfloat16, float16, float32")
+    ] = None,
+    load_in_8bit: Annotated[bool, typer.Option("--8bit", help="layers packed to 8 bits")] = False,
+    load_in_4bit: Annotated[bool, typer.Option("--4bit", help="layers packed to 4 bits")] = False,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option("--gpu", metavar="24GB", help="plan for a GPU of this size, not those here; repeatable"),
+    ] = None,
+    ram: Annotated[
+        str | None, typer.Option("--ram", metavar="64GB", help="plan for this main memory, not what is here")
+    ] = None,
+    what_if: Annotated[bool, typer.Option("--what-if", help="compare contexts and quantizations")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the plan as JSON")] = False,
     verbose: VerboseOption = False,
 ) -> int:
     """Show where each layer would go, without loading."""
-    from lyra_emergence.cli.plan import run_plan
+    from lyra_emergence.cli.plan import PlanRequest, run_plan
 
     options = Options(
         model=target or model,
@@ -308,8 +322,12 @@ def plan_command(
         max_memory=tuple(max_memory or ()),
         context=context,
         json=as_json,
+        dtype=dtype,
+        load_in_8bit=load_in_8bit,
+        load_in_4bit=load_in_4bit,
     )
-    return run_plan(options, Console(verbose=verbose), explain=explain)
+    request = PlanRequest(explain, what_if, batch, tuple(gpu or ()), ram)
+    return run_plan(options, request, Console(verbose=verbose))
 
 
 @app.command("doctor", cls=_Command)

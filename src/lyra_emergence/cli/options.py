@@ -28,6 +28,9 @@ class Options:
         temperature: Sampling temperature; 0 takes the likeliest token each time.
         seed: Seed of random sampling.
         json: Whether stdout gets one JSON object.
+        dtype: What the model computes in.
+        load_in_8bit: Whether its layers are packed to 8 bits.
+        load_in_4bit: Whether its layers are packed to 4 bits.
     """
 
     model: str | None = None
@@ -40,6 +43,9 @@ class Options:
     temperature: float | None = None
     seed: int | None = None
     json: bool = False
+    dtype: str | None = None
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
 
     def resolve(self) -> ResolvedConfig:
         """Return the configuration with these options on top.
@@ -56,6 +62,10 @@ class Options:
             given["model_id"] = self.model
         if self.context is not None:
             given["context_length"] = self.context
+        if self.dtype is not None:
+            given["dtype"] = self.dtype
+        if self.load_in_8bit or self.load_in_4bit:
+            given |= {"load_in_8bit": self.load_in_8bit, "load_in_4bit": self.load_in_4bit}
         if self.max_memory:
             given["max_memory"] = ",".join(self.max_memory)
         generation = self._generation()

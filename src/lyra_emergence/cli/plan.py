@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Final
 
@@ -12,15 +13,18 @@ from lyra_emergence.errors import ConfigError
 from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from lyra_emergence.checkpoint import CheckpointIndex
     from lyra_emergence.cli.console import Console, Style
     from lyra_emergence.cli.models import ModelChoice
     from lyra_emergence.cli.options import Options
+    from lyra_emergence.config import ModelConfig
+    from lyra_emergence.machine import Machine
     from lyra_emergence.plan import DeviceUse, Placement, Plan
+    from lyra_emergence.what_if import Scenario
 
-__all__ = ["explain_block", "make_plan_for", "render_plan", "run_plan", "summary"]
+__all__ = ["PlanRequest", "explain_block", "make_plan_for", "render_plan", "run_plan", "summary"]
 
 _FILLS: Final = ("█", "▓", "▒", "░", "·")
 _ASCII_FILLS: Final = ("#", "=", "~", ":", ".")
@@ -33,28 +37,124 @@ _LONGEST_FIGURES: Final = len("9.99 GB of 9.99 GB")
 _INDENT: Final = "  "
 
 
-def run_plan(options: Options, console: Console, *, explain: str | None = None) -> int:
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What `plan` is asked for beside the configuration.
+
+    Attributes:
+        explain: A block whose place is to be explained.
+        what_if: Whether other contexts and quantizations are compared.
+        batch: Sequences that run together.
+        gpus: Sizes of GPUs to plan for in place of those here, as written: "24GB".
+        ram: Size of main memory to plan for in place of what is here.
+    """
+
+    explain: str | None = None
+    what_if: bool = False
+    batch: int = 1
+    gpus: tuple[str, ...] = ()
+    ram: str | None = None
+
+    def machine(self) -> Machine:
+        """Return the machine to plan for.
+
+        Raises:
+            ConfigError: A size is none.
+        """
+        from lyra_emergence.machine import probe_machine, with_hardware
+
+        gpus = [_size(written, "--gpu") for written in self.gpus]
+        ram = None if self.ram is None else _size(self.ram, "--ram")
+        machine = probe_machine()
+        return with_hardware(machine, gpus, ram) if gpus or ram is not None else machine
+
+    def without_foreign_limits(self, config: ModelConfig, options: Options) -> ModelConfig:
+        """Return `config` without limits of memory that were written for the hardware that this plan replaces."""
+        limits = dict(config.max_memory or {})
+        given = {limit.partition("=")[0].strip() for limit in options.max_memory}
+        replaced = {key for key in limits if (self.ram if key == "cpu" else self.gpus) and key not in given}
+        if not replaced:
+            return config
+        kept = {key: limit for key, limit in limits.items() if key not in replaced}
+        return config.model_copy(update={"max_memory": kept or None})
+
+
+def run_plan(options: Options, request: PlanRequest, console: Console) -> int:
     """Print the plan for the configured model and return 0.
 
     Raises:
-        ConfigError: The configuration is wrong, or `explain` names no block.
+        ConfigError: The configuration is wrong, a size is none, or there is no block to explain.
         DoesNotFitError: No placement fits.
-        ModelUnavailableError: A named model is not on this machine.
+        ModelUnavailableError: A named model can be had neither here nor from the hub.
     """
+    machine = request.machine()
     with working(console, "reading the plan"):
         choice = find_model(options.resolve())
-        plan = make_plan_for(choice)
+        choice = replace(choice, config=request.without_foreign_limits(choice.config, options))
+        index = read_index(choice)
     for note in choice.notes:
         console.note(note)
+    if request.what_if:
+        from lyra_emergence.what_if import contexts_of, what_if
+
+        contexts = contexts_of(index, choice.config.context_length)
+        scenarios = what_if(choice.config, index, machine, contexts, batch=request.batch)
+        console.print(_what_if_text(choice.config.model_id, scenarios, console, as_json=options.json))
+        return 0
+    from lyra_emergence.plan import make_plan
+
+    plan = make_plan(choice.config, index, machine, batch=request.batch)
     for note in plan.notes:
         console.warning(note)
     if options.json:
         console.print(json.dumps(plan.to_json(), indent=2))
-    elif explain is not None:
-        console.print(explain_block(plan, explain))
+    elif request.explain is not None:
+        console.print(explain_block(plan, request.explain))
     else:
         console.print("\n".join(render_plan(plan, choice.config.model_id, console)))
     return 0
+
+
+def _size(written: str, option: str) -> int:
+    from lyra_emergence.units import parse_bytes
+
+    try:
+        size = parse_bytes(written)
+    except ValueError as error:
+        raise ConfigError(f"in '{option}': {error}") from None
+    if size <= 0:
+        raise ConfigError(f"in '{option}': {written} holds nothing; write a size such as 24GB")
+    return size
+
+
+def _what_if_text(name: str, scenarios: Sequence[Scenario], console: Console, *, as_json: bool) -> str:
+    from lyra_emergence.what_if import JSON_FORMAT
+
+    if not as_json:
+        return "\n".join(_what_if_lines(name, scenarios, console))
+    found = [scenario.to_json() for scenario in scenarios]
+    return json.dumps({"format": JSON_FORMAT, "model": name, "scenarios": found}, indent=2)
+
+
+def _what_if_lines(name: str, scenarios: Sequence[Scenario], console: Console) -> Iterator[str]:
+    yield console.style(name, "bold", stream=console.stdout)
+    yield ""
+    yield "context".rjust(9) + "".join(title.rjust(22) for title in ("as configured", "8 bits", "4 bits"))
+    rows: dict[int, list[str]] = {}
+    for scenario in scenarios:
+        rows.setdefault(scenario.context_length, []).append(_what_if_cell(scenario).rjust(22))
+    for context, cells in rows.items():
+        yield f"{context:9,}" + "".join(cells)
+    yield ""
+    yield "bytes in all, and where: all layers on accelerators (full), some (n/layers), none (cpu)"
+
+
+def _what_if_cell(scenario: Scenario) -> str:
+    if scenario.plan is None:
+        return "does not fit"
+    fast, layers = scenario.layers
+    where = "cpu" if fast == 0 else "full" if scenario.plan.rung.name == "full" else f"{fast}/{layers}"
+    return f"{format_bytes(scenario.nbytes)} {where}"
 
 
 def make_plan_for(choice: ModelChoice) -> Plan:
