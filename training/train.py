@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -229,6 +230,11 @@ def _arguments() -> argparse.Namespace:
         default=2,
         help="processes of one thread each that share every batch",
     )
+    parser.add_argument(
+        "--start",
+        type=Path,
+        help="an exported model that a new run begins with, in the last stage, its optimizers empty",
+    )
     parser.add_argument("--save-every", type=int, default=100, help="steps")
     parser.add_argument("--log-every", type=int, default=20, help="steps")
     return parser.parse_args()
@@ -238,6 +244,10 @@ def main() -> None:
     """Trains from the last checkpoint of the run, or from the seed."""
     args = _arguments()
     args.run.mkdir(parents=True, exist_ok=True)
+    if args.start and not (args.run / "tokenizer").exists():
+        (args.run / "tokenizer").mkdir()
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(args.start / name, args.run / "tokenizer")
     load_tokenizer(args.run / "tokenizer", args.seed)
     # One meeting a step instead of one per operation: on busy cores two single-threaded processes beat two threads.
     if args.workers > 1:
@@ -259,11 +269,11 @@ def _work(rank: int, args: argparse.Namespace) -> None:
         tokenizer.bos_token_id,
         tokenizer.convert_tokens_to_ids(END),
     )
-    weights, progress, checkpoint = (
-        MasterWeights(model, rank, args.workers),
-        Progress(),
-        args.run / "checkpoint.pt",
-    )
+    progress, checkpoint = Progress(), args.run / "checkpoint.pt"
+    if args.start and not checkpoint.is_file():
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32).state_dict())
+        progress.stage = len(STAGES) - 1
+    weights = MasterWeights(model, rank, args.workers)
     if checkpoint.is_file():
         saved = torch.load(checkpoint, weights_only=True)
         weights.restore(saved, rank)

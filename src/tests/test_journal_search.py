@@ -249,3 +249,10 @@ def test_the_latest_entries_come_newest_first() -> None:
     assert [(hit.entry.id, hit.passage[:6]) for hit in found.latest(2)] == [("2", "third."), ("1", "second")]
     assert len(found.latest(9)) == 3
     assert found.latest(0) == ()
+
+
+def test_a_question_for_a_name_does_not_search_for_calls() -> None:
+    assert terms("What is my bank called?") == ("bank",)
+    assert terms("What was the dog called") == ("dog",)
+    assert terms("Who called?") == terms("Has she called?") == ("called",)
+    assert terms("What did Dana say when she called?") == ("dana", "called")

@@ -202,17 +202,27 @@ def test_weights_come_back_as_they_were() -> None:
     assert torch.equal(step(weights), step(other))
 
 
+def train(run: Path, steps: int, *options: str) -> str:
+    command = [sys.executable, "-m", "training.train", "--run", str(run), "--steps", str(steps), *options]
+    command += ["--tokens", "128", "--workers", "1", "--log-every", "1"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=240).stdout
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
+
+
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     for name in TOKENIZER_FILES:
         shutil.copy(bundled_directory() / name, tmp_path / "tokenizer")
+    assert "resumed" not in train(tmp_path, 2)
+    assert "resumed at step 2" in train(tmp_path, 3)
+    assert [line["step"] for line in curve(tmp_path)] == [1, 2, 3]
+    assert curve(tmp_path)[0]["loss"] > 6, "a model that has learned nothing"
 
-    def train(steps: int) -> str:
-        command = [sys.executable, "-m", "training.train", "--run", str(tmp_path), "--steps", str(steps)]
-        command += ["--tokens", "128", "--workers", "1", "--log-every", "1"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=240).stdout
 
-    assert "resumed" not in train(2)
-    assert "resumed at step 2" in train(3)
-    curve = [json.loads(line)["step"] for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
-    assert curve == [1, 2, 3]
+def test_a_run_can_begin_with_an_exported_model(tmp_path: Path) -> None:
+    train(tmp_path, 2, "--start", str(bundled_directory()))
+    assert [line["stage"] for line in curve(tmp_path)] == [LAST, LAST]
+    assert curve(tmp_path)[0]["loss"] < 2, "a model that has learned"

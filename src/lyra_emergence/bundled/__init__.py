@@ -8,9 +8,9 @@ BUNDLED_ID = "lyra-emergence/bundled"
 """The name that `--model` and `model_id` accept for the bundled checkpoint."""
 
 BUNDLED_PASSAGES = 3
-"""Journal passages that it is given with a question: with more it tends to quote the wrong one."""
+"""Journal passages that it is given with a question, at most."""
 BUNDLED_PASSAGE_LENGTH = 400
-"""Characters of each, a sentence or two: so the search, which is better at it, chooses the sentence."""
+"""Characters of each, at most: what it was trained on; the search brings a whole entry of a few sentences."""
 
 
 def bundled_directory() -> Path:

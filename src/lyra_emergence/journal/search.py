@@ -19,6 +19,8 @@ _MAX_TERM_LENGTH = 64
 _MAX_QUESTION = 4_000
 
 _DIGIT_DATE = re.compile(r"\b(?:19|20)[0-9]{2}-[01][0-9](?:-[0-3][0-9])?\b")
+# "What is the dog called?" asks for a name; "Who called?" for a call.
+_NAMING = re.compile(r"\bwhat(?:'s| is| are| was| were)\b(.*) called\s*\??\s*\Z", re.IGNORECASE | re.DOTALL)
 _NAME = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]+")
 
 # Words of English that carry no topic, and the words of small talk and of asking itself.
@@ -72,7 +74,7 @@ def terms(question: str) -> tuple[str, ...]:
     A stop word with a capital inside a sentence is a name: "What did Will say?". Dates in digits are left to
     `dates.named_dates`: their numbers would match any other.
     """
-    question = _DIGIT_DATE.sub(" ", question[:_MAX_QUESTION])
+    question = _NAMING.sub(r"\1", _DIGIT_DATE.sub(" ", question[:_MAX_QUESTION]))
     names = {name.lower() for name in _NAME.findall(question)}
     telling = (word for word in words(question) if _tells(word) or word in names)
     return tuple(dict.fromkeys(telling))[:_MAX_TERMS]
