@@ -7,6 +7,7 @@ from training.answers import Example
 from training.entries import World
 from training.questions import history, lookup, talk
 from training.recall import Recall
+from training.scripts import draw_foreign
 from training.stages import STAGES
 
 LAST = len(STAGES) - 1
@@ -30,6 +31,8 @@ class Examples:
             stage = rng.randrange(stage)
         setting = STAGES[stage]
         world = World(rng, plain=rng.random() < setting.plain)
+        if rng.random() < setting.foreign:
+            return draw_foreign(rng)
         if rng.random() < setting.talk:
             example = talk(world, setting)
         elif rng.random() < setting.scenes:

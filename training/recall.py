@@ -105,10 +105,10 @@ class Recall:
 
     def _odd(self, told: Told, stage: Stage) -> Example:
         kinds: tuple[tuple[float, Callable[[Told, Stage], Example | None]], ...] = (
-            (0.15, self._summary),
-            (0.4, self._following),
-            (0.5, self._later),
-            (0.7, self._by_title),
+            (0.25, self._summary),
+            (0.45, self._following),
+            (0.55, self._later),
+            (0.72, self._by_title),
             (1.0, self._by_word),
         )
         draw = self._rng.random()

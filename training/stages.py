@@ -15,6 +15,7 @@ class Stage:
         talk: Greetings and the like.
         plain: Of the grammar's prompts, those of short sentences only.
         scenes: Prompts whose question comes from a scene and not from the grammar.
+        foreign: Prompts in other scripts than the Latin one.
         odd: Of the scenes' prompts, summaries, follow-up questions and questions by a word or a title.
     """
 
@@ -25,6 +26,7 @@ class Stage:
     talk: float
     plain: float = 0.0
     scenes: float = 0.6
+    foreign: float = 0.0
     odd: float = 0.0
 
 
@@ -35,5 +37,5 @@ STAGES = (
     Stage((1, 2), (1, 3), 0.0, 0.05, 0.02, plain=1.0),
     Stage((1, 3), (1, 3), 0.1, 0.15, 0.02, plain=0.8),
     Stage((1, 3), (1, 4), 0.2, 0.2, 0.04, plain=0.4, odd=0.1),
-    Stage((1, 4), (1, 5), 0.3, 0.25, 0.05, plain=0.2, scenes=0.75, odd=0.2),
+    Stage((1, 4), (1, 5), 0.3, 0.25, 0.05, plain=0.2, scenes=0.8, foreign=0.05, odd=0.25),
 )

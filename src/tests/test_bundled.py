@@ -17,6 +17,7 @@ from lyra_emergence.errors import GenerationError
 from lyra_emergence.generation import GenerationOptions
 from lyra_emergence.journal import Journal, JournalEntry, JournalIndex
 from lyra_emergence.loading import LoadedModel, load
+from training.marks import BEST, NONE
 
 FOLDER = Path(lyra_emergence.bundled.__file__).parent
 ABSENT = "The journal entries I was given do not say."
@@ -143,8 +144,8 @@ def test_template_numbers_the_entries_and_keeps_the_turns(tokenizer: Any) -> Non
     ]
     assert rendered(tokenizer, messages, list(ENTRIES)) == (
         "<|bos|><|user|>Hi<|end|><|assistant|>Hello!<|end|><|user|>Where did I meet Dana?<|journal|>"
-        "\n[1] 2025-03-02 · Garden\nI planted the tomatoes by the south wall."
-        "\n[2] 2025-03-09 · Friends\nI met Dana at the harbor."
+        f"\n[1] 2025-03-02 · Garden\n{NONE}I planted the tomatoes by the south wall."
+        f"\n[2] 2025-03-09 · Friends\n{BEST[1]}I met Dana at the harbor."
         "<|journal|>Where did I meet Dana?<|end|><|assistant|>"
     )
     assert rendered(tokenizer, messages[1:2]) == "<|bos|><|user|>Hi<|end|><|assistant|>"
@@ -153,8 +154,9 @@ def test_template_numbers_the_entries_and_keeps_the_turns(tokenizer: Any) -> Non
 def test_template_puts_every_sentence_on_a_line(tokenizer: Any) -> None:
     text = 'Saw Dr. Okafor at 9.30 p.m. sharp. Rain! Why me? I sulked… He said "so." Then Mr. Bo came.'
     prompt = rendered(tokenizer, [{"role": "user", "content": "Who came?"}], [{"title": "", "text": text}])
-    shown = 'Saw Dr. Okafor at 9.30 p.m. sharp.\nRain!\nWhy me?\nI sulked…\nHe said "so."\nThen Mr. Bo came.'
-    assert f"\n[1] \n{shown}<|journal|>" in prompt
+    others = ("Saw Dr. Okafor at 9.30 p.m. sharp.", "Rain!", "Why me?", "I sulked…", 'He said "so."')
+    shown = "".join(f"\n{NONE}{sentence}" for sentence in others)
+    assert f"\n[1] {shown}\n{BEST[0]}Then Mr. Bo came.<|journal|>" in prompt
 
 
 def test_no_text_can_close_its_turn(tokenizer: Any) -> None:
