@@ -12,6 +12,8 @@ from training.tokenizer import END, load_tokenizer
 
 BUNDLED = Path(__file__).parents[1] / "src" / "lyra_emergence" / "bundled"
 LARGEST = 25_000_000
+LONGEST_ANSWER = 160
+"""Tokens: a diary's longest sentence takes about 100, and a text that repeats itself must come to an end."""
 
 
 def restore(run: Path) -> LlamaForCausalLM:
@@ -37,6 +39,7 @@ def export(run: Path, target: Path) -> int:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
+        max_new_tokens=LONGEST_ANSWER,
     )
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -28,7 +28,7 @@ def _sentence(rng: random.Random, letters: str) -> list[str]:
 
 
 def _entry(rng: random.Random, sentence: str) -> Entry:
-    title = "" if rng.random() < 0.5 else sentence[:12]
+    title = "" if rng.random() < 0.5 else sentence[:12].strip()
     return Entry(draw_date(rng), title, (sentence,), sentence)
 
 
