@@ -264,9 +264,9 @@ NO_WEIGHTS = "has no safetensors weights in transformers' form"
 
 
 def test_look_up(hub: StandInHub) -> None:
-    nbytes = sum(len(content) for content in FILES.values())
+    sizes = tuple(len(content) for content in FILES.values())
     remote = look_up(ID)
-    assert remote == RemoteModel(ID, hub.commit(ID), tuple(FILES), nbytes, "main")
+    assert remote == RemoteModel(ID, hub.commit(ID), tuple(FILES), sum(sizes), "main", sizes)
     assert hub.requests == [("GET", f"/api/models/{ID}")]
 
 
