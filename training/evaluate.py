@@ -2,8 +2,8 @@
 
 Each journal of ``evaluation/`` is written to a file, read and indexed by Lyra, and its questions are put to a chat
 session over a model that Lyra has planned and loaded: file, search, prompt and answer are the program's own. The
-journals were written apart from the training text. Those in ``seen/`` were looked at while the model was made, those
-in ``held_out/`` were not.
+journals were written apart from the training text. The failures in ``seen/`` were read while the model was made, those
+in ``held_out/`` were not; ``README.md`` says what was known of them.
 """
 
 import argparse
