@@ -1,4 +1,4 @@
-"""Writes a run's checkpoint as a Hugging Face folder: ``python -m training.export --run training/runs/third``."""
+"""Writes a run's checkpoint as a Hugging Face folder: ``python -m training.export --run training/runs/fourth``."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
+from training.growth import layer_count
 from training.model import build
 from training.tokenizer import END, load_tokenizer
 
@@ -19,8 +20,14 @@ LONGEST_ANSWER = 160
 def restore(run: Path) -> LlamaForCausalLM:
     """Returns the model of the run's last checkpoint in bfloat16."""
     tokenizer = load_tokenizer(run / "tokenizer")
-    model = build(len(tokenizer), tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids(END))
     masters = torch.load(run / "checkpoint.pt", weights_only=True)["masters"]
+    model = build(
+        len(tokenizer),
+        tokenizer.pad_token_id,
+        tokenizer.bos_token_id,
+        tokenizer.convert_tokens_to_ids(END),
+        layer_count(masters),
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(masters[name])
@@ -63,7 +70,7 @@ def _plain(target: Path) -> None:
 def main() -> None:
     """Exports the run named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("training/runs/third"))
+    parser.add_argument("--run", type=Path, default=Path("training/runs/fourth"))
     parser.add_argument("--to", type=Path, default=BUNDLED)
     args = parser.parse_args()
     print(f"{export(args.run, args.to)} bytes in {args.to}")

@@ -37,13 +37,16 @@ def _packed_attention(
 AttentionInterface.register("packed_attention", _packed_attention)
 
 
-def build(vocabulary: int, pad: int, bos: int, end: int) -> LlamaForCausalLM:
+LAYERS = 8
+
+
+def build(vocabulary: int, pad: int, bos: int, end: int, layers: int = LAYERS) -> LlamaForCausalLM:
     """Builds the model: narrow feed-forward, tied embeddings, heads wide enough to compare tokens."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=256,
         intermediate_size=640,
-        num_hidden_layers=6,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,

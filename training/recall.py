@@ -87,11 +87,11 @@ class Recall:
         if asked is None or rng.random() >= stage.absent:
             return self._present(told, asked, stage) if asked else self._plain(told, replace(stage, events=(9, 9)))
         draw = rng.random()
-        if draw < 0.5 and told.absent:
+        if draw < 0.65 and told.absent:
             question = noise(rng.choice(told.absent), rng)
             return Example(question, self._entries(told, asked.lines, question, stage)[0], ABSENT)
         question, lines = noise(asked.question, rng), ()
-        if draw < 0.8:
+        if draw < 0.85:
             lines = tuple(line for index, line in enumerate(asked.lines) if index != asked.at)
         if draw > 0.94:
             return Example(question, (), ABSENT)

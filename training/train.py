@@ -1,4 +1,4 @@
-"""Trains the bundled model: ``python -m training.train --run training/runs/third``; run it again to go on."""
+"""Trains the bundled model: ``python -m training.train --run training/runs/fourth``; run it again to go on."""
 
 import argparse
 import json
@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from training.answers import Example
 from training.curriculum import Examples
+from training.growth import deepened
 from training.model import MasterWeights, build
 from training.stages import STAGES
 from training.tokenizer import END, JOURNAL, example_text, load_tokenizer, sentence_ends
@@ -29,8 +30,8 @@ CHOSEN = (9.9, 0.5, 0.5, 0.45, 0.42)
 LONGEST = 900
 POOL = 8
 DECISIVE = 3.0
-# The probe reads after this many layers whether a sentence answers the question; its loss has this weight.
-PROBED_LAYER = 4
+# The probe reads, this many layers below the top, whether a sentence answers the question; its loss has this weight.
+PROBED_BELOW = 2
 MATCHED_LAYER = 2
 PROBE = 0.5
 
@@ -177,13 +178,13 @@ def _probed(
 def losses(model: LlamaForCausalLM, probe: torch.nn.Linear, batch: Batch) -> Losses:
     """Returns the losses of a batch.
 
-    The probes ask two layers up whether a token is in the question, and four up, at the end of each sentence, whether
-    this sentence answers: a signal for choosing that the answer gives only once everything else works.
+    The probes ask two layers up whether a token is in the question, and two from the top, at the end of each sentence,
+    whether this sentence answers: a signal for choosing that the answer gives only once everything else works.
     """
     out = model.model(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
     logits = model.lm_head(out.last_hidden_state.flatten(0, 1)[batch.where])  # (answer tokens, vocabulary)
     each = cross_entropy(logits.float(), batch.targets, reduction="none")
-    choice = _probed(probe, out.hidden_states[PROBED_LAYER], 0, batch.ends, batch.holds)
+    choice = _probed(probe, out.hidden_states[-1 - PROBED_BELOW], 0, batch.ends, batch.holds)
     inside = (batch.asked >= 0).nonzero()[:, 0]
     match = _probed(probe, out.hidden_states[MATCHED_LAYER], 1, inside, batch.asked[inside])
     weighted = (each * batch.weights).sum() / batch.weights.sum()
@@ -213,7 +214,7 @@ def save(path: Path, rank: int, weights: MasterWeights, progress: Progress) -> N
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("training/runs/third"))
+    parser.add_argument("--run", type=Path, default=Path("training/runs/fourth"))
     parser.add_argument("--steps", type=int, default=12_000, help="total, over all resumed parts")
     parser.add_argument(
         "--decay",
@@ -233,7 +234,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--start",
         type=Path,
-        help="an exported model that a new run begins with, in the last stage, its optimizers empty",
+        help="an exported model, of as many layers or fewer, that a new run begins with in the last stage",
     )
     parser.add_argument("--save-every", type=int, default=100, help="steps")
     parser.add_argument("--log-every", type=int, default=20, help="steps")
@@ -271,7 +272,8 @@ def _work(rank: int, args: argparse.Namespace) -> None:
     )
     progress, checkpoint = Progress(), args.run / "checkpoint.pt"
     if args.start and not checkpoint.is_file():
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32).state_dict())
+        trained = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+        model.load_state_dict(deepened(trained.state_dict(), model.config.num_hidden_layers))
         progress.stage = len(STAGES) - 1
     weights = MasterWeights(model, rank, args.workers)
     if checkpoint.is_file():

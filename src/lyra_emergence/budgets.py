@@ -126,19 +126,22 @@ def _limits(max_memory: Mapping[str, str | int], machine: Machine, lacking: _Lac
 
 
 def _budget(device: Device, limit: int | None, cut: list[str]) -> Budget:
-    usable = device.free_bytes
+    usable, reserved, held = device.free_bytes, device.reserved_bytes, ""
+    if device.kind == "cpu" and reserved:
+        # A limit of main memory is one for the model; what Python and torch take comes off what is free.
+        usable, reserved, held = max(0, usable - reserved), 0, f" beside {format_bytes(reserved)} for Python and torch"
     if limit is None:
-        reason = f"{format_bytes(usable)} free"
+        reason = f"{format_bytes(usable)} free{held}"
     elif limit > usable:
         cut.append(
-            f"max_memory of {device.name} is {format_bytes(limit)}, but {format_bytes(usable)} is free: "
+            f"max_memory of {device.name} is {format_bytes(limit)}, but {format_bytes(usable)} is free{held}: "
             f"planned with {format_bytes(usable)}"
         )
-        reason = f"{format_bytes(usable)} free, below the configured {format_bytes(limit)}"
+        reason = f"{format_bytes(usable)} free{held}, below the configured {format_bytes(limit)}"
     else:
         reason = f"max_memory {format_bytes(limit)}"
         usable = limit
-    return Budget(device.name, usable, device.free_bytes, device.total_bytes, device.reserved_bytes, reason)
+    return Budget(device.name, usable, device.free_bytes, device.total_bytes, reserved, reason)
 
 
 def _pinned(wish: Mapping[str, str | int], machine: Machine, footprint: Footprint, lacking: _Lacking) -> dict[str, str]:

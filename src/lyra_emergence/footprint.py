@@ -2,24 +2,37 @@
 
 Weights are exact in the stored dtype and after a dtype change, and exact for the tensors that bitsandbytes packs. The
 KV cache is exact for multi-head, grouped-query, multi-query, sliding-window and latent attention as transformers
-caches them; recurrent states are not counted. Activations are upper estimates for one prefill chunk.
+caches them. Activations are close upper estimates for the model types in `activations.KNOWN_TYPES`. For other types,
+whose caches may be recurrent states, a trial forward (`trial.py`) gives both; without one, activations are a guess and
+recurrent states are not counted, and a note says so.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from lyra_emergence.activations import KNOWN_TYPES, Activations, estimate_activations
 from lyra_emergence.errors import ConfigError
+from lyra_emergence.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lyra_emergence.checkpoint import Block, CheckpointIndex, TensorInfo
+    from lyra_emergence.trial import Trial
 
-__all__ = ["PREFILL_CHUNK", "BlockFootprint", "Footprint", "Quantization", "default_context", "estimate_footprint"]
+__all__ = [
+    "PREFILL_CHUNK",
+    "BlockFootprint",
+    "Footprint",
+    "Quantization",
+    "default_context",
+    "estimate_footprint",
+    "is_known",
+]
 
 _TYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 TORCH_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
@@ -34,15 +47,11 @@ FALLBACK_CONTEXT = 2048
 _NF4_BLOCK = 64
 """bitsandbytes keeps one float32 scale for every 64 weights in its 4-bit types."""
 _QUANT_CODE_BYTES = 16 * 4
-_RESIDUAL_COPIES = 6
-"""Hidden-sized tensors alive at once in a layer: residual, normed input, query, attention output, two temporaries."""
-_ALL_LAYERS_SLIDE = frozenset({"mistral", "mixtral", "phi3", "phimoe", "starcoder2"})
-_FULL_ATTENTION_PERIODS = {"cohere2": 4, "gemma2": 2, "gemma3": 6, "gemma3_text": 6}
-"""Where transformers 5.23 takes the alternation from if config.json has no `layer_types`, as older files do."""
 _TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types whose projections are stored as (inputs, outputs)."""
-_MLP_COPIES = 3
-"""Intermediate-sized tensors alive at once in a gated MLP: gate, up, their product."""
+
+_ONE_OF_MANY_EXPERTS = re.compile(r"\.experts\.\d+\.")
+"""transformers 5 keeps all experts of a layer in one tensor, and makes it where the file has one for each."""
 
 Quantization = Literal["8bit", "4bit"]
 
@@ -58,6 +67,9 @@ class BlockFootprint:
         weights: Bytes of its own weights in the loaded form.
         kv_cache: Bytes of its keys and values at the full context length.
         mapped: Whether the loaded form is the stored one, so that on the CPU the weights can stay in the file.
+        home: Bytes of main memory that the block's CPU form takes beside copies elsewhere, where it is no map of the
+            file: experts stored one by one, which transformers merges into one tensor as it opens the checkpoint.
+        home_is_copy: Whether on the CPU those very bytes are what `weights` counts; else they come on top.
     """
 
     name: str
@@ -66,6 +78,8 @@ class BlockFootprint:
     weights: int
     kv_cache: int
     mapped: bool
+    home: int = 0
+    home_is_copy: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -83,8 +97,7 @@ class Footprint:
         batch: Sequences that run together.
         dtype: torch's name of the dtype that the model computes in.
         quantization: "8bit", "4bit" or None.
-        layer_activations: Bytes of temporaries on each device that runs a layer.
-        head_activations: Bytes of logits on the device that runs the head.
+        activations: Bytes of temporaries on a device, by the parts of the model that run there.
         notes: What the figures rest on where config.json did not say it all.
     """
 
@@ -93,8 +106,7 @@ class Footprint:
     batch: int
     dtype: str
     quantization: Quantization | None
-    layer_activations: int
-    head_activations: int
+    activations: Activations
     notes: tuple[str, ...] = ()
 
     @property
@@ -136,6 +148,7 @@ def estimate_footprint(
     batch: int = 1,
     dtype: str | None = None,
     quantization: Quantization | None = None,
+    trial: Trial | None = None,
 ) -> Footprint:
     """Return the bytes that the checkpoint takes once loaded.
 
@@ -145,6 +158,7 @@ def estimate_footprint(
         batch: Sequences that run together.
         dtype: torch's name of the dtype to compute in; the checkpoint's own by default.
         quantization: How the projections of the layers are packed.
+        trial: What a trial forward at this context, batch and dtype took, for a model type that is not a known one.
 
     Raises:
         ConfigError: The context is longer than the model's, or it or the batch is not positive.
@@ -153,8 +167,9 @@ def estimate_footprint(
         raise ConfigError(f"in 'batch': {batch} sequences hold nothing; write a positive number")
     context = _checked_context(index, context_length)
     name = compute_dtype(index, dtype)
-    shape = _Shape.read(index, itemsize=_TYPE_BITS[TORCH_DTYPES[name]] // 8)
+    shape = ModelShape.read(index, itemsize=_TYPE_BITS[TORCH_DTYPES[name]] // 8)
     transposed = index.model_type in _TRANSPOSED
+    caches = trial.kv_cache if trial else ()
     blocks = tuple(
         BlockFootprint(
             name=block.name,
@@ -163,24 +178,65 @@ def estimate_footprint(
             weights=sum(
                 _loaded_bytes(index.tensors[t], block, name, quantization, transposed=transposed) for t in block.tensors
             ),
-            kv_cache=shape.kv_bytes(block.index, context, batch)
-            if block.kind == "layer" and block.index is not None
-            else 0,
+            kv_cache=_cache_bytes(block, caches, shape, context, batch),
             mapped=_stays_mapped(index, block, name, quantization),
+            home=sum(index.tensors[t].nbytes for t in block.tensors if _is_merged(t)),
+            home_is_copy=TORCH_DTYPES[name] == index.dtype,
         )
         for block in index.blocks
     )
-    tokens = min(context, PREFILL_CHUNK) * batch
+    estimated = estimate_activations(shape, min(context, PREFILL_CHUNK), context, batch)
+    activations = trial.activations if trial else estimated
+    workspace = _quantized_workspace(index, quantization, min(context, PREFILL_CHUNK) * batch, shape.itemsize)
     return Footprint(
         blocks=blocks,
         context_length=context,
         batch=batch,
         dtype=name,
         quantization=quantization,
-        layer_activations=shape.layer_activations(tokens, context, batch),
-        head_activations=shape.vocab * batch * (shape.itemsize + 4),
-        notes=shape.notes,
+        activations=replace(activations, layer=activations.layer + workspace),
+        notes=_notes(index, shape, trial),
     )
+
+
+def is_known(index: CheckpointIndex) -> bool:
+    """Return whether the formulas cover the checkpoint's model type, so that no trial forward is needed."""
+    return index.text_config.get("model_type") in KNOWN_TYPES
+
+
+def _notes(index: CheckpointIndex, shape: ModelShape, trial: Trial | None) -> tuple[str, ...]:
+    if trial is not None:
+        return (f"caches and activations of '{index.model_type}' are from a trial forward without weights",)
+    if is_known(index) or not index.model_type:
+        return shape.notes
+    return (*shape.notes, f"activations of '{index.model_type}' are estimated as for Llama")
+
+
+def _cache_bytes(block: Block, caches: tuple[int, ...], shape: ModelShape, context: int, batch: int) -> int:
+    if block.kind != "layer" or block.index is None:
+        return 0
+    if block.index < len(caches):
+        return caches[block.index]
+    return shape.kv_bytes(block.index, context, batch, PREFILL_CHUNK)
+
+
+def _quantized_workspace(index: CheckpointIndex, quantization: Quantization | None, rows: int, itemsize: int) -> int:
+    """Return the bytes that the largest packed projection needs beside its input and output.
+
+    4-bit prefill unpacks the whole matrix. 8-bit packs its input (a byte per element, and the outliers in full) and
+    adds up in int32, which is then scaled in float32.
+    """
+    shapes = [
+        tensor.shape
+        for layer in index.layers
+        for tensor in (index.tensors[name] for name in layer.tensors)
+        if is_quantizable(tensor.name, tensor.shape)
+    ]
+    if quantization == "4bit":
+        return max((math.prod(shape) for shape in shapes), default=0) * itemsize
+    if quantization == "8bit":
+        return max((rows * (8 * outputs + (1 + itemsize) * inputs) for outputs, inputs in shapes), default=0)
+    return 0
 
 
 def _checked_context(index: CheckpointIndex, wanted: int | None) -> int:
@@ -233,7 +289,13 @@ def packed_bytes(shape: tuple[int, ...], quantization: Quantization) -> int:
     return (weights + 1) // 2 + 4 * math.ceil(weights / _NF4_BLOCK) + _QUANT_CODE_BYTES
 
 
+def _is_merged(tensor: str) -> bool:
+    return _ONE_OF_MANY_EXPERTS.search(tensor) is not None
+
+
 def _stays_mapped(index: CheckpointIndex, block: Block, dtype: str, quantization: Quantization | None) -> bool:
+    if any(map(_is_merged, block.tensors)):
+        return False
     if quantization is not None and block.kind == "layer":
         return False
     wanted = TORCH_DTYPES[dtype]
@@ -242,119 +304,3 @@ def _stays_mapped(index: CheckpointIndex, block: Block, dtype: str, quantization
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     return next((config[key] for key in keys if config.get(key) is not None), None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """The sizes in config.json that decide about caches and activations."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    key_heads: int
-    key_width: int
-    value_width: int
-    latent: int | None
-    caches: int
-    vocab: int
-    windows: tuple[int | None, ...]
-    experts_per_token: int
-    itemsize: int
-    notes: tuple[str, ...]
-
-    @classmethod
-    def read(cls, index: CheckpointIndex, *, itemsize: int) -> _Shape:
-        config = index.text_config
-        hidden = _size(config, "hidden_size", "n_embd", "d_model", "dim") or 0
-        heads = _size(config, "num_attention_heads", "n_head", "num_heads", "n_heads") or 0
-        head_width = _size(config, "head_dim") or (hidden // heads if heads else 0)
-        notes = () if heads else ("config.json names no attention heads: no KV cache is counted",)
-        key_width = value_width = head_width
-        key_heads = _key_heads(config, heads)
-        latent = _size(config, "kv_lora_rank")
-        if latent:
-            # Multi-head latent attention: transformers caches the latent, and expands it for every head as it runs.
-            rotary = _size(config, "qk_rope_head_dim") or 0
-            key_width = (_size(config, "qk_nope_head_dim") or 0) + rotary
-            value_width, key_heads = _size(config, "v_head_dim") or head_width, heads
-            latent += rotary + (_size(config, "index_head_dim") or 0)
-        inner = _size(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden
-        per_token = _size(config, "num_experts_per_tok", "moe_topk", "num_selected_experts") or 1
-        return cls(
-            hidden=hidden,
-            intermediate=inner,
-            heads=heads,
-            key_heads=key_heads,
-            key_width=key_width,
-            value_width=value_width,
-            latent=latent,
-            caches=2 if config.get("model_type") == "longcat_flash" else 1,
-            vocab=_size(config, "vocab_size") or 0,
-            windows=_windows(config, len(index.layers)),
-            experts_per_token=per_token,
-            itemsize=itemsize,
-            notes=notes,
-        )
-
-    def kv_bytes(self, layer: int, context: int, batch: int) -> int:
-        """Bytes of one layer's keys and values at their most, (batch, key heads, tokens, width) each.
-
-        A sliding window keeps its last tokens as a view of what the last step made, so a chunk of prefill counts whole.
-        """
-        window = self.windows[layer] if layer < len(self.windows) else None
-        tokens = context if window is None else min(context, window - 1 + PREFILL_CHUNK)
-        width = self.latent or self.key_heads * (self.key_width + self.value_width)
-        return self.caches * batch * tokens * width * self.itemsize
-
-    def layer_activations(self, tokens: int, context: int, batch: int) -> int:
-        """Bytes of temporaries while one layer runs `tokens` tokens against `context` cached ones.
-
-        The cache grows by concatenation, so the old and the new keys of one layer are alive together; a latent one
-        is expanded, keys and values. The mask and
-        the attention's own workspace are counted for the memory-efficient kernels, which keep no score matrix.
-        """
-        projections = self.heads * self.key_width + self.key_heads * (self.key_width + self.value_width)
-        width = _RESIDUAL_COPIES * self.hidden + _MLP_COPIES * self.intermediate * self.experts_per_token + projections
-        wide = self.key_width + self.value_width if self.latent else max(self.key_width, self.value_width)
-        grown_cache = batch * context * (self.key_heads * wide + (self.latent or 0)) * self.itemsize
-        return tokens * (width + context) * self.itemsize + grown_cache
-
-
-def _size(config: Mapping[str, Any], *keys: str) -> int | None:
-    """Return the first of `keys` that holds a whole number above 0; of a list with one per layer, the largest."""
-    for key in keys:
-        value = config.get(key)
-        numbers = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int and n > 0]
-        if numbers:
-            return max(numbers)
-    return None
-
-
-def _key_heads(config: Mapping[str, Any], heads: int) -> int:
-    if config.get("multi_query") and not config.get("new_decoder_architecture"):
-        return 1
-    return _size(config, "num_key_value_heads", "num_kv_heads") or heads
-
-
-def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """Return the tokens that each layer's attention looks back over, None where it is all of them.
-
-    Where neither config.json nor the model type tells which layers slide, none does: too much rather than too little.
-    """
-    sliding, chunk = _size(config, "sliding_window"), _size(config, "attention_chunk_size")
-    by_type = {"sliding_attention": sliding, "chunked_attention": chunk}
-    types = config.get("layer_types")
-    if isinstance(types, list):
-        return tuple(by_type.get(kind) if isinstance(kind, str) else None for kind in types)
-    period = _full_attention_period(config)
-    return tuple(sliding if period is not None and (i + 1) % period else None for i in range(layers))
-
-
-def _full_attention_period(config: Mapping[str, Any]) -> int | None:
-    """Return n where every n-th layer looks back over everything and the others slide, None where none slides."""
-    model_type = config.get("model_type")
-    if config.get("use_sliding_window") is False or not isinstance(model_type, str):
-        return None
-    if model_type in _ALL_LAYERS_SLIDE:
-        return sys.maxsize
-    return _size(config, "sliding_window_pattern") or _FULL_ATTENTION_PERIODS.get(model_type)

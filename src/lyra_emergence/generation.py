@@ -7,7 +7,6 @@ generators may share one model from several threads: steps take turns.
 
 from __future__ import annotations
 
-import inspect
 import time
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -16,6 +15,7 @@ import torch
 
 from lyra_emergence.errors import DoesNotFitError, GenerationError, is_out_of_memory, without_frames
 from lyra_emergence.footprint import PREFILL_CHUNK
+from lyra_emergence.runtime.stepping import caches_of, feeding_of
 from lyra_emergence.text_stream import StopScanner, TextDecoder
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["Chunk", "FinishReason", "GenerationOptions", "GenerationStats", "encode_prompt", "stream_generate"]
 
 FinishReason = Literal["stop", "length"]
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +180,7 @@ def _generate(loaded: LoadedModel, prompt: list[int], options: GenerationOptions
     decoder = TextDecoder(loaded.tokenizer, prompt)
     scanner = StopScanner(options.stop)
     chooser = _Chooser(prompt, options)
-    stepper = _Stepper(loaded)
+    stepper = Stepper(loaded)
     clock = time.perf_counter()
     token = chooser.choose(stepper.prefill(prompt))
     prefill_seconds, decode_seconds, count = time.perf_counter() - clock, 0.0, 1
@@ -208,28 +207,31 @@ def _end_tokens(loaded: LoadedModel) -> frozenset[int]:
     return frozenset(own if isinstance(own, list | tuple) else () if own is None else (own,))
 
 
-class _Stepper:
-    """Runs the model forward and keeps its cache between steps."""
+class Stepper:
+    """Runs the model forward and keeps its cache between steps.
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    Args:
+        loaded: The model.
+        batch: Sequences that run together, all of the same tokens.
+    """
+
+    def __init__(self, loaded: LoadedModel, batch: int = 1) -> None:
         self._loaded = loaded
+        self._batch = batch
         self._cache: dict[str, Any] = {}
         self._seen: list[int] = []
-        takes = inspect.signature(loaded.model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        kinds = set(getattr(loaded.model.config.get_text_config(), "layer_types", None) or ())
-        # A recurrent state takes its first run of tokens whole and single tokens after it.
-        recurrent = bool(getattr(loaded.model, "_is_stateful", False)) or not kinds <= _ATTENTION_LAYERS
-        self._chunk = loaded.context_length if recurrent else PREFILL_CHUNK
+        feeding = feeding_of(loaded.model, PREFILL_CHUNK)
+        self._last_only = feeding.arguments
+        self._chunk = feeding.chunk or loaded.context_length
 
     def prefill(self, ids: list[int]) -> torch.Tensor:
-        """Run the prompt and return the last token's logits, (1, vocab)."""
+        """Run the prompt and return the last token's logits, (batch, vocab)."""
         for start in range(0, len(ids), self._chunk):
             logits = self._run(ids[start : start + self._chunk])
         return logits
 
     def step(self, token: int) -> torch.Tensor:
-        """Run one token and return its logits, (1, vocab)."""
+        """Run one token and return its logits, (batch, vocab)."""
         return self._run([token])
 
     @torch.inference_mode()
@@ -237,11 +239,10 @@ class _Stepper:
         self._seen += ids
         # Without a cache (a model that returns none) everything so far runs again.
         tokens = ids if self._cache or len(self._seen) == len(ids) else self._seen
-        inputs = torch.tensor([tokens], device=self._loaded.entry_device)  # (1, tokens)
+        inputs = torch.tensor([tokens] * self._batch, device=self._loaded.entry_device)  # (batch, tokens)
         output = self._forward(inputs)
-        names = ("past_key_values", "cache_params")
-        self._cache = {name: output[name] for name in names if output.get(name) is not None}
-        logits: torch.Tensor = output.logits  # (1, tokens or 1, vocab)
+        self._cache = caches_of(output)
+        logits: torch.Tensor = output.logits  # (batch, tokens or 1, vocab)
         return logits[:, -1].float()
 
     def _forward(self, inputs: torch.Tensor) -> Any:

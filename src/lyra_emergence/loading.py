@@ -107,6 +107,9 @@ def load(
         from lyra_emergence.runtime.quantized import require_bitsandbytes
 
         require_bitsandbytes("8bit" if config.load_in_8bit else "4bit")
+    from lyra_emergence.runtime.memory import return_freed_memory
+
+    return_freed_memory()
     folder = Path(directory) if directory is not None else locate(config.model_id)
     index = read_checkpoint(folder)
     plan = plan or make_plan(config, index, probe_machine(with_torch=True))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lyra_emergence.framework import framework_costs, private_bytes
 from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Device", "Machine", "probe_machine", "with_hardware"]
 
 CUDA_CONTEXT_BYTES = 600 * 10**6
-"""What a CUDA context and cuBLAS take before the first tensor: 450 to 560 MB on recent drivers, rounded up."""
+"""What a CUDA context and cuBLAS take before the first tensor: 450 to 560 MB on recent drivers, rounded up. Stands in
+until `framework.py` has measured it on this machine."""
 CUDA_WORKSPACE_BYTES = 70 * 10**6
 """cuBLAS and cuDNN workspaces, still to come once the context exists."""
 _UNLIMITED = 1 << 60
@@ -40,7 +42,7 @@ class Device:
         index: The ordinal that a configuration's "0" means; None for the CPU.
         total_bytes: Bytes that the device has (for the CPU: that this process may ever use).
         free_bytes: Bytes that can be taken now.
-        reserved_bytes: Bytes of the free ones that the framework itself will take (context, workspaces).
+        reserved_bytes: Bytes of the free ones that the framework itself will take (modules, context, workspaces).
         description: For people: "NVIDIA RTX 4090".
     """
 
@@ -127,7 +129,9 @@ def _probe_cpu() -> tuple[Device, tuple[str, ...]]:
     if limit < memory.total:
         notes = (f"a control group limits this process to {format_bytes(limit)} of {format_bytes(memory.total)} RAM",)
     name = platform.processor() or platform.machine()
-    return Device("cpu", "cpu", None, total, free, 0, f"{name}, {os.cpu_count()} cores"), notes
+    # What this process has already is no longer among the free bytes.
+    reserved = max(0, framework_costs().main_memory - private_bytes())
+    return Device("cpu", "cpu", None, total, free, reserved, f"{name}, {os.cpu_count()} cores"), notes
 
 
 def control_group_memory(root: Path = Path("/")) -> tuple[int, int]:
@@ -191,6 +195,11 @@ def _has_accelerator_beyond_nvml() -> bool:
     return Path("/dev/kfd").exists()
 
 
+def nvml_devices() -> tuple[Device, ...]:
+    """Return the NVIDIA GPUs as the driver reports them, without making a context on any."""
+    return tuple(_nvml_accelerators(os.environ))
+
+
 def _nvml_accelerators(environ: Mapping[str, str]) -> Iterator[Device]:
     try:
         import pynvml
@@ -200,6 +209,7 @@ def _nvml_accelerators(environ: Mapping[str, str]) -> Iterator[Device]:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return
+    costs = framework_costs().gpus
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         uuids = [_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
@@ -207,7 +217,8 @@ def _nvml_accelerators(environ: Mapping[str, str]) -> Iterator[Device]:
             memory = pynvml.nvmlDeviceGetMemoryInfo(handles[physical])
             name = _text(pynvml.nvmlDeviceGetName(handles[physical]))
             total, free = int(memory.total), int(memory.free)
-            yield Device(f"cuda:{index}", "cuda", index, total, free, CUDA_CONTEXT_BYTES, name)
+            reserved = costs.get(f"cuda:{index}", CUDA_CONTEXT_BYTES)
+            yield Device(f"cuda:{index}", "cuda", index, total, free, reserved, name)
     except pynvml.NVMLError:
         return
     finally:

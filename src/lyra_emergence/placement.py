@@ -61,9 +61,10 @@ class DeviceUse:
         device: torch's device name, or "disk".
         limit: What the plan may fill; 0 for the disk.
         total: What the device has; 0 for the disk.
-        weights: Weights there.
+        weights: Weights there; in main memory also those that stay there though their copies are elsewhere.
+        mapped: Bytes of the weights that are a map of the file, whose pages the kernel may take back.
         kv_cache: Keys and values of the blocks that compute there.
-        activations: Temporaries while a layer or the head runs there.
+        activations: Temporaries at their most while its blocks run.
         reserved: What the framework itself takes.
         layers: How many layers are there.
     """
@@ -76,6 +77,7 @@ class DeviceUse:
     activations: int
     reserved: int
     layers: int
+    mapped: int = 0
 
     @property
     def used(self) -> int:
@@ -124,8 +126,8 @@ class _Filler:
         self._footprint = footprint
         self._blocks = {block.name: block for block in footprint.blocks}
         self._left = {budget.device: budget.limit - budget.reserved for budget in accelerators}
-        self._computing: set[str] = set()
-        self._with_head: set[str] = set()
+        # What runs on each device so far, as the names that `Activations.of` takes.
+        self._runs: dict[str, frozenset[str]] = {}
         self._placed: dict[str, tuple[str, str]] = {}
         # The block that makes logits where it is: the head, or what holds its weight and takes it along.
         self._logits = {block.tied_to or block.name for block in footprint.blocks if block.kind == "head"}
@@ -232,20 +234,21 @@ class _Filler:
         return False
 
     def _cost(self, block: BlockFootprint, device: str) -> int:
-        cost = self._weights_on(block, device) + block.kv_cache
-        if block.kind == "layer" and device not in self._computing:
-            cost += self._footprint.layer_activations
-        if block.name in self._logits and device not in self._with_head:
-            cost += self._footprint.head_activations
-        return cost
+        before = self._runs.get(device, frozenset())
+        busy = self._busy(before | self._part(block)) - self._busy(before)
+        return self._weights_on(block, device) + block.kv_cache + busy
+
+    def _part(self, block: BlockFootprint) -> frozenset[str]:
+        parts = {block.kind} & {"embedding", "layer"}
+        return frozenset(parts | ({"head"} if block.name in self._logits else set()))
+
+    def _busy(self, parts: frozenset[str]) -> int:
+        return self._footprint.activations.of(**dict.fromkeys(parts, True))
 
     def _take(self, block: BlockFootprint, device: str, reason: str) -> None:
         if device in self._left:
             self._left[device] -= self._cost(block, device)
-        if block.kind == "layer":
-            self._computing.add(device)
-        if block.name in self._logits:
-            self._with_head.add(device)
+        self._runs[device] = self._runs.get(device, frozenset()) | self._part(block)
         self._placed[block.name] = (device, reason)
 
 
@@ -294,18 +297,24 @@ def _use(device: str, placements: Sequence[Placement], footprint: Footprint, bud
     runs = (
         [] if device == DISK else [p for p in placements if p.device == device or (device == CPU and p.device == DISK)]
     )
-    layers = any(p.kind == "layer" for p in runs)
-    head = any(p.kind == "head" for p in runs)
+    blocks = {block.name: block for block in footprint.blocks}
+    parts = {kind: True for kind in ("embedding", "layer", "head") if any(p.kind == kind for p in runs)}
     return DeviceUse(
         device=device,
         limit=budget.limit if budget else 0,
         total=budget.total if budget else 0,
-        weights=sum(p.weights for p in here),
+        weights=sum(p.weights for p in here) + (_homes(placements, blocks) if device == CPU else 0),
         kv_cache=sum(p.kv_cache for p in runs),
-        activations=layers * footprint.layer_activations + head * footprint.head_activations,
+        activations=footprint.activations.of(**parts),
         reserved=budget.reserved if budget and runs else 0,
         layers=sum(p.kind == "layer" for p in here),
+        mapped=sum(p.weights for p in here if device in (CPU, DISK) and blocks[p.block].mapped),
     )
+
+
+def _homes(placements: Sequence[Placement], blocks: Mapping[str, BlockFootprint]) -> int:
+    """Return the bytes of main memory that blocks take beside the copies that `placements` counts."""
+    return sum(blocks[p.block].home for p in placements if p.device != CPU or not blocks[p.block].home_is_copy)
 
 
 def check_fits(uses: Iterable[DeviceUse]) -> str | None:

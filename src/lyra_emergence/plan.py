@@ -9,12 +9,21 @@ same.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lyra_emergence.budgets import Request, read_request
 from lyra_emergence.errors import DoesNotFitError
-from lyra_emergence.footprint import Footprint, Quantization, default_context, estimate_footprint
+from lyra_emergence.footprint import (
+    PREFILL_CHUNK,
+    Footprint,
+    Quantization,
+    default_context,
+    estimate_footprint,
+    is_known,
+)
 from lyra_emergence.placement import DeviceUse, Placement, check_fits, measure_use, place, refuse
+from lyra_emergence.trial import find_trial
 from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
@@ -172,9 +181,7 @@ def make_plan(config: ModelConfig, index: CheckpointIndex, machine: Machine, *, 
     failure: DoesNotFitError | None = None
     longer = 0
     for context in _contexts(config, index):
-        footprint = estimate_footprint(
-            index, context_length=context, batch=batch, dtype=config.dtype, quantization=quantization
-        )
+        footprint = measure_footprint(config, index, context, batch, quantization)
         shortened = f"the context is shortened to {context} tokens: {longer} do not fit"
         try:
             return _plan(config, index, machine, footprint, (shortened,) if longer else ())
@@ -183,6 +190,33 @@ def make_plan(config: ModelConfig, index: CheckpointIndex, machine: Machine, *, 
         longer = footprint.context_length
     assert failure is not None
     raise failure
+
+
+def measure_footprint(
+    config: ModelConfig, index: CheckpointIndex, context: int, batch: int, quantization: Quantization | None
+) -> Footprint:
+    """Return the bytes that a checkpoint takes, with a trial forward where its model type is not a known one.
+
+    Raises:
+        ConfigError: As `estimate_footprint`.
+    """
+    estimate = partial(
+        estimate_footprint, index, context_length=context, batch=batch, dtype=config.dtype, quantization=quantization
+    )
+    estimated = estimate()
+    if is_known(index) or not index.model_type:
+        return estimated
+    trial, reason = find_trial(
+        index,
+        context=context,
+        batch=batch,
+        dtype=estimated.dtype,
+        chunk=PREFILL_CHUNK,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if trial is not None:
+        return estimate(trial=trial)
+    return replace(estimated, notes=(*estimated.notes, f"no trial forward: {reason}"))
 
 
 def _contexts(config: ModelConfig, index: CheckpointIndex) -> Iterator[int]:
@@ -273,7 +307,7 @@ def _forced(footprint: Footprint, request: Request) -> tuple[Placement, ...]:
 
 
 def _whole_model_shortfall(footprint: Footprint, request: Request) -> str:
-    busy = footprint.layer_activations * len(request.accelerators) + footprint.head_activations
+    busy = footprint.activations.layer * len(request.accelerators)
     needed = footprint.weights + footprint.kv_cache + busy + sum(b.reserved for b in request.accelerators)
     limit = sum(b.limit for b in request.accelerators)
     names = " and ".join(b.device for b in request.accelerators)

@@ -16,7 +16,7 @@ import pytest
 from lyra_emergence.checkpoint import read_checkpoint
 from lyra_emergence.cli import main
 from lyra_emergence.cli.console import Console
-from lyra_emergence.cli.plan import explain_block, render_plan, summary
+from lyra_emergence.cli.plan_view import explain_block, render_plan, summary
 from lyra_emergence.config import ModelConfig
 from lyra_emergence.errors import ConfigError
 from lyra_emergence.machine import Device, Machine
@@ -61,20 +61,22 @@ def make(checkpoints: Callable[[str], Path]) -> Callable[..., Plan]:
 
 
 def test_the_plan_shows_bars_the_strip_and_the_ladder(make: Callable[..., Plan]) -> None:
-    assert "\n".join(render_plan(make(1_900_000), "tiny", console())) == (
+    assert "\n".join(render_plan(make(1_400_000), "tiny", console())) == (
         "tiny · float32 · 789 kB of weights · context 256 tokens\n"
         "\n"
-        "cuda:0  [████████████▓▓▓▓▓▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒·] 1.85 MB of 1.90 MB\n"
-        "         █ weights 444 kB  ▓ KV cache 197 kB  ▒ activations 1.21 MB\n"
-        "cpu     [█▓▒················································] 1.63 MB of 8.00 GB\n"
-        "         █ weights 345 kB  ▓ KV cache 65.5 kB  ▒ activations 1.22 MB\n"
+        "cuda:0  [████████████████▓▓▓▓▓▓▓▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒··] 1.33 MB of 1.40 MB\n"
+        "         █ weights 444 kB  ▓ KV cache 197 kB  ▒ activations 694 kB\n"
+        "         · free 65.0 kB\n"
+        "cpu     [█▓▒················································] 1.10 MB of 8.00 GB\n"
+        "         █ weights 345 kB  ▓ KV cache 65.5 kB  ▒ activations 694 kB\n"
+        "         · free 8.00 GB\n"
         "\n"
         "layers 0 000c\n"
         "  0 cuda:0: layers 0-2\n"
         "  c cpu: embedding, layer 3, norm, head\n"
         "\n"
         "ladder (> is where loading starts)\n"
-        "  x full      needs 2.27 MB of cuda:0, which has 1.90 MB\n"
+        "  x full      needs 1.75 MB of cuda:0, which has 1.40 MB\n"
         "  > planned   as many layers as the budgets allow\n"
         "    fallback  gpu_layers_fallback is 1\n"
         "    cpu       no accelerator memory needed"
@@ -82,10 +84,10 @@ def test_the_plan_shows_bars_the_strip_and_the_ladder(make: Callable[..., Plan])
 
 
 def test_two_gpus_are_told_apart_without_color(make: Callable[..., Plan]) -> None:
-    lines = list(render_plan(make(2_000_000, 2_000_000), "tiny", console()))
+    lines = list(render_plan(make(1_400_000, 1_400_000), "tiny", console()))
     assert "layers 0 0001" in lines
-    assert "  0 cuda:0: embedding, layers 0-2" in lines
-    assert "  1 cuda:1: layer 3, norm, head" in lines
+    assert "  0 cuda:0: layers 0-2" in lines
+    assert "  1 cuda:1: embedding, layer 3, norm, head" in lines
 
 
 @pytest.mark.parametrize("width", [40, 60, 200])
@@ -93,24 +95,24 @@ def test_no_line_is_wider_than_the_terminal(
     make: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    lines = list(render_plan(make(1_900_000), "tiny", console(Terminal(), NO_COLOR="1")))
+    lines = list(render_plan(make(1_400_000), "tiny", console(Terminal(), NO_COLOR="1")))
     assert max(map(len, lines)) <= width
 
 
 def test_an_encoding_without_blocks_gets_ascii(make: Callable[..., Plan]) -> None:
     ascii_only = Terminal()
     ascii_only.encoding = "ascii"
-    text = "\n".join(render_plan(make(1_900_000), "tiny", console(ascii_only, NO_COLOR="1")))
+    text = "\n".join(render_plan(make(1_400_000), "tiny", console(ascii_only, NO_COLOR="1")))
     assert text.isascii()
-    assert "[############=====~" in text
+    assert "[################=======~~" in text
 
 
 def test_colors_reach_a_terminal_only_and_change_nothing_else(
     make: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    plain = "\n".join(render_plan(make(1_900_000), "tiny", console()))
-    colored = "\n".join(render_plan(make(1_900_000), "tiny", console(Terminal())))
+    plain = "\n".join(render_plan(make(1_400_000), "tiny", console()))
+    colored = "\n".join(render_plan(make(1_400_000), "tiny", console(Terminal())))
     assert "\x1b[32m0\x1b[0m" in colored
     assert "\x1b[34mc\x1b[0m" in colored
     assert "\x1b" not in plain
@@ -118,12 +120,12 @@ def test_colors_reach_a_terminal_only_and_change_nothing_else(
 
 
 def test_the_summary_is_one_line(make: Callable[..., Plan]) -> None:
-    assert summary(make(1_900_000), "tiny") == ("tiny: 789 kB of weights, 3 layers on cuda:0, 1 on cpu, context 256")
+    assert summary(make(1_400_000), "tiny") == ("tiny: 789 kB of weights, 3 layers on cuda:0, 1 on cpu, context 256")
     assert summary(make(10**9), "tiny") == "tiny: 789 kB of weights, on cuda:0, context 256"
 
 
 def test_explain_says_where_why_and_how_much(make: Callable[..., Plan]) -> None:
-    assert explain_block(make(1_900_000), "model.layers.3") == (
+    assert explain_block(make(1_400_000), "model.layers.3") == (
         "model.layers.3 is on cpu: no accelerator has room left (148 kB of weights and 65.5 kB of KV cache)"
     )
 

@@ -215,7 +215,7 @@ def test_without_a_number_the_fallback_keeps_what_fits(checkpoints: Checkpoints,
     directory = checkpoints("llama")
     plan = make_plan(ModelConfig(), read_checkpoint(directory), probe_machine(with_torch=True))
     weights = {p.block: p.nbytes for p in plan.placements}
-    reserve = plan.footprint.layer_activations
+    reserve = plan.footprint.activations.layer
     sim.set_cap(weights["model.embed_tokens"] + 3 * weights["model.layers.0"] + reserve + 600)
     loaded = load(ModelConfig(), directory=directory, plan=plan)
     assert [(a.rung, a.outcome) for a in loaded.report.attempts] == [("full", "out of memory"), ("fallback", "loaded")]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations_with_replacement, pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lyra_emergence.activations import Activations
 from lyra_emergence.budgets import Budget, Request
 from lyra_emergence.footprint import BlockFootprint, Footprint
 from lyra_emergence.placement import DISK, DeviceUse, Placement, check_fits, measure_use, place, refuse
@@ -45,7 +48,7 @@ def model(
         block("norm", "norm", norm),
         block("head", "head", head or 0, tied_to="embed" if tied == "head" else None),
     )
-    return Footprint(blocks, 128, 1, "float32", None, layer_activations, head_activations)
+    return Footprint(blocks, 128, 1, "float32", None, Activations(0, layer_activations, head_activations))
 
 
 def devices(placed: tuple[Placement, ...]) -> dict[str, str]:
@@ -120,7 +123,7 @@ def test_as_many_layers_as_can_be_are_on_accelerators(footprint: Footprint, aske
 def most_layers(footprint: Footprint, asked: Request) -> int:
     """The best of all ways to cut the layers into one run per device, the first device's run first."""
     layers = [block.nbytes for block in footprint.blocks if block.kind == "layer"]
-    room = [b.limit - b.reserved - footprint.layer_activations for b in asked.accelerators]
+    room = [b.limit - b.reserved - footprint.activations.layer for b in asked.accelerators]
     best = 0
     for cuts in combinations_with_replacement(range(len(layers) + 1), len(room)):
         runs = [layers[a:b] for a, b in pairwise((0, *cuts))]
@@ -173,11 +176,32 @@ def test_embeddings_alone_never_go_to_an_accelerator() -> None:
 
 def test_activations_count_once_per_device() -> None:
     footprint = model([(10, 0)] * 4, layer_activations=5, head_activations=3, embedding=10, head=10)
-    exact = 4 * 10 + 5 + 1 + 10 + 3 + 10
+    # Layers and head run one after the other: the larger figure holds for both.
+    exact = 4 * 10 + 5 + 1 + 10 + 10
     assert set(devices(place(footprint, request(exact))).values()) == {"cuda:0"}
     assert devices(place(footprint, request(exact - 1)))["embed"] == "cpu"
     uses = measure_use(place(footprint, request(25, 25)), footprint, request(25, 25).accelerators)
     assert [(use.layers, use.activations) for use in uses] == [(2, 5), (2, 5)]
+
+
+def test_a_head_without_layers_pays_for_itself_alone() -> None:
+    footprint = model([(10, 0)] * 2, layer_activations=5, head_activations=3, embedding=10, head=10)
+    asked = request(30, pinned={"head": "cuda:0", "layers.0": "cpu", "layers.1": "cpu"})
+    uses = measure_use(place(footprint, asked), footprint, (*asked.accelerators, asked.cpu))
+    assert [(use.device, use.activations) for use in uses] == [("cuda:0", 3), ("cpu", 5)]
+
+
+@pytest.mark.parametrize(("copied", "on_cpu"), [(True, 20), (False, 20 + 14)])
+def test_what_has_its_home_in_main_memory_counts_there_wherever_its_copy_is(copied: bool, on_cpu: int) -> None:
+    footprint = model([(10, 0)] * 2, embedding=0, norm=0, head=0, unmapped=frozenset({"layers.0", "layers.1"}))
+    blocks = tuple(
+        replace(block, home=7, home_is_copy=copied) if block.kind == "layer" else block for block in footprint.blocks
+    )
+    footprint = replace(footprint, blocks=blocks)
+    for asked, gpu, cpu in ((request(20), 20, 14), (request(10), 10, 7 + on_cpu // 2), (request(), 0, on_cpu)):
+        uses = measure_use(place(footprint, asked), footprint, (*asked.accelerators, asked.cpu))
+        held = {use.device: use.weights for use in uses}
+        assert (held.get("cuda:0", 0), held["cpu"]) == (gpu, cpu)
 
 
 def test_the_disk_takes_lookups_then_layers_from_the_last_then_the_rest() -> None:
@@ -203,7 +227,7 @@ def test_the_cpu_computes_what_the_disk_holds() -> None:
     footprint = model([(10, 2)] * 2, layer_activations=5, head_activations=3)
     asked = request(cpu=0)
     cpu, disk = measure_use(place(footprint, asked), footprint, (asked.cpu,))
-    assert (cpu.device, cpu.weights, cpu.kv_cache, cpu.activations, cpu.layers) == ("cpu", 0, 4, 8, 0)
+    assert (cpu.device, cpu.weights, cpu.kv_cache, cpu.activations, cpu.layers) == ("cpu", 0, 4, 5, 0)
     assert (disk.device, disk.weights, disk.kv_cache, disk.layers) == (DISK, 41, 0, 2)
 
 

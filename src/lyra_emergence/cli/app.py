@@ -310,6 +310,7 @@ def plan_command(
         str | None, typer.Option("--ram", metavar="64GB", help="plan for this main memory, not what is here")
     ] = None,
     what_if: Annotated[bool, typer.Option("--what-if", help="compare contexts and quantizations")] = False,
+    check: Annotated[bool, typer.Option("--check", help="load and run it, and compare with what was planned")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the plan as JSON")] = False,
     verbose: VerboseOption = False,
 ) -> int:
@@ -326,7 +327,7 @@ def plan_command(
         load_in_8bit=load_in_8bit,
         load_in_4bit=load_in_4bit,
     )
-    request = PlanRequest(explain, what_if, batch, tuple(gpu or ()), ram)
+    request = PlanRequest(explain, what_if, batch, tuple(gpu or ()), ram, check)
     return run_plan(options, request, Console(verbose=verbose))
 
 

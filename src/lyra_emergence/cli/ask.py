@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from lyra_emergence.cli.answers import print_answer
-from lyra_emergence.cli.plan import summary
+from lyra_emergence.cli.plan_view import summary
 from lyra_emergence.cli.prepare import loaded_model, prepare, start_session
 from lyra_emergence.cli.status import INTERRUPTED
 from lyra_emergence.errors import ConfigError

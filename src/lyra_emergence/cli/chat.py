@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final
 
 from lyra_emergence.cli.answers import print_answer, source_lines
-from lyra_emergence.cli.plan import render_plan, summary
+from lyra_emergence.cli.plan_view import render_plan, summary
 from lyra_emergence.cli.prepare import loaded_model, prepare, start_session
 from lyra_emergence.cli.status import INTERRUPTED
 from lyra_emergence.cli.terminal import silent_keys

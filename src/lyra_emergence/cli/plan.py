@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from lyra_emergence.cli.models import find_model
+from lyra_emergence.cli.plan_view import explain_block, render_plan
 from lyra_emergence.cli.progress import working
 from lyra_emergence.errors import ConfigError
 from lyra_emergence.units import format_bytes
@@ -16,25 +16,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lyra_emergence.checkpoint import CheckpointIndex
-    from lyra_emergence.cli.console import Console, Style
+    from lyra_emergence.cli.console import Console
     from lyra_emergence.cli.models import ModelChoice
     from lyra_emergence.cli.options import Options
     from lyra_emergence.config import ModelConfig
     from lyra_emergence.machine import Machine
-    from lyra_emergence.plan import DeviceUse, Placement, Plan
+    from lyra_emergence.plan import Plan
     from lyra_emergence.what_if import Scenario
 
-__all__ = ["PlanRequest", "explain_block", "make_plan_for", "render_plan", "run_plan", "summary"]
-
-_FILLS: Final = ("█", "▓", "▒", "░", "·")
-_ASCII_FILLS: Final = ("#", "=", "~", ":", ".")
-_PARTS: Final = ("weights", "KV cache", "activations", "reserved")
-_ACCELERATOR_STYLES: Final[tuple[Style, ...]] = ("green", "magenta", "cyan", "yellow")
-_HOST_STYLES: Final[dict[str, Style]] = {"cpu": "blue", "disk": "dim"}
-_NARROWEST_BAR: Final = 10
-_WIDEST_BAR: Final = 60
-_LONGEST_FIGURES: Final = len("9.99 GB of 9.99 GB")
-_INDENT: Final = "  "
+__all__ = ["PlanRequest", "make_plan_for", "run_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +37,7 @@ class PlanRequest:
         batch: Sequences that run together.
         gpus: Sizes of GPUs to plan for in place of those here, as written: "24GB".
         ram: Size of main memory to plan for in place of what is here.
+        check: Whether the plan is carried out and measured.
     """
 
     explain: str | None = None
@@ -54,6 +45,7 @@ class PlanRequest:
     batch: int = 1
     gpus: tuple[str, ...] = ()
     ram: str | None = None
+    check: bool = False
 
     def machine(self) -> Machine:
         """Return the machine to plan for.
@@ -87,6 +79,10 @@ def run_plan(options: Options, request: PlanRequest, console: Console) -> int:
         DoesNotFitError: No placement fits.
         ModelUnavailableError: A named model can be had neither here nor from the hub.
     """
+    if request.check:
+        from lyra_emergence.cli.check import run_check
+
+        return run_check(options, request, console)
     machine = request.machine()
     with working(console, "reading the plan"):
         choice = find_model(options.resolve())
@@ -174,177 +170,3 @@ def read_index(choice: ModelChoice) -> CheckpointIndex:
     from lyra_emergence.checkpoint import read_checkpoint
 
     return read_checkpoint(choice.directory)
-
-
-def summary(plan: Plan, name: str) -> str:
-    """Return the plan in a line: "phi-2: 5.56 GB of weights, 16 layers on cuda:0, 16 on cpu, context 2048"."""
-    uses = [use for use in plan.devices if use.layers]
-    first, *others = [f"{use.layers} on {use.device}" for use in uses] or ["nothing"]
-    placed = f"on {uses[0].device}" if len(uses) == 1 else ", ".join((first.replace(" on", " layers on"), *others))
-    return f"{name}: {format_bytes(plan.footprint.weights)} of weights, {placed}, context {plan.context_length}"
-
-
-def explain_block(plan: Plan, name: str) -> str:
-    """Return why the block called `name` is where it is.
-
-    Raises:
-        ConfigError: The plan has no such block.
-    """
-    found = next((p for p in plan.placements if p.block == name), None)
-    if found is None:
-        names = [p.block for p in plan.placements]
-        near = get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"blocks are named like {names[0]}"
-        raise ConfigError(f"the plan has no block '{name}'", hint=hint)
-    cache = f" and {format_bytes(found.kv_cache)} of KV cache" if found.kv_cache else ""
-    return f"{found.block} is on {found.device}: {found.reason} ({format_bytes(found.weights)} of weights{cache})"
-
-
-def render_plan(plan: Plan, name: str, console: Console) -> Iterator[str]:
-    """Yield the lines that show `plan` at the console's width."""
-    yield from _header(plan, name, console)
-    yield ""
-    for use in plan.devices:
-        yield from _device(use, plan, console)
-    yield ""
-    yield from _strip(plan, console)
-    yield ""
-    yield from _ladder(plan, console)
-
-
-def _header(plan: Plan, name: str, console: Console) -> Iterator[str]:
-    footprint = plan.footprint
-    dot = " · " if console.can_show("·") else " - "
-    stored = f"{footprint.quantization}, {footprint.dtype}" if footprint.quantization else footprint.dtype
-    weights = f"{format_bytes(footprint.weights)} of weights"
-    facts = dot.join((stored, weights, f"context {plan.context_length} tokens"))
-    title = console.style(name, "bold", stream=console.stdout)
-    if len(name) + len(dot) + len(facts) <= console.width:
-        yield f"{title}{dot}{facts}"
-    else:
-        yield title
-        yield from _hanging(_INDENT, len(_INDENT), facts, console.width)
-
-
-def _device(use: DeviceUse, plan: Plan, console: Console) -> Iterator[str]:
-    label = use.device.ljust(max(len(u.device) for u in plan.devices))
-    fills = _FILLS if console.can_show("".join(_FILLS)) else _ASCII_FILLS
-    amounts = (use.weights, use.kv_cache, use.activations, use.reserved)
-    if use.limit == 0:
-        yield f"{label}  {format_bytes(use.used)}, read from the file as it is used"
-        return
-    figures = f"{format_bytes(use.used)} of {format_bytes(use.limit)}"
-    # "999 MB of 99.9 GB" is as long as figures get; one width keeps the bars of all devices comparable.
-    width = min(_WIDEST_BAR, max(_NARROWEST_BAR, console.width - len(label) - _LONGEST_FIGURES - 5))
-    bar = _bar(amounts, use.limit, width, fills)
-    style = _device_style(use.device, plan)
-    yield f"{label}  [{console.style(bar, style, stream=console.stdout)}] {figures}"
-    parts = [
-        f"{fill} {part} {format_bytes(amount)}"
-        for fill, part, amount in zip(fills, _PARTS, amounts, strict=False)
-        if amount
-    ]
-    yield from _flow(parts, " " * (len(label) + 3), console.width)
-
-
-def _bar(amounts: tuple[int, ...], limit: int, width: int, fills: tuple[str, ...]) -> str:
-    """Return `width` characters of which each part fills its share of `limit`, cut at cumulative positions."""
-    bar, filled, total = "", 0, 0
-    for fill, amount in zip(fills, amounts, strict=False):
-        total += amount
-        end = min(width, max(round(width * total / limit), filled + (1 if amount else 0)))
-        bar += fill * (end - filled)
-        filled = end
-    return bar + fills[-1] * (width - filled)
-
-
-def _flow(parts: list[str], indent: str, width: int) -> Iterator[str]:
-    line = ""
-    for part in parts:
-        if line and len(indent) + len(line) + len(part) + 2 > width:
-            yield indent + line
-            line = ""
-        line += ("  " if line else "") + part
-    if line:
-        yield indent + line
-
-
-def _strip(plan: Plan, console: Console) -> Iterator[str]:
-    layers = [p for p in plan.placements if p.kind == "layer"]
-    if layers:
-        digits = len(str(len(layers) - 1))
-        row = max(8, (console.width - digits - 12) // 8 * 8)
-        for start in range(0, len(layers), row):
-            title = "layers " if start == 0 else " " * 7
-            cells = "".join(_cell(p, plan, console) for p in layers[start : start + row])
-            yield f"{title}{start:>{digits}} {cells}"
-    for use in plan.devices:
-        held = _held(plan, use.device)
-        if held:
-            lead = f"{_INDENT}{_symbol(use.device)} {use.device}: "
-            yield from _hanging(lead, len(lead), held, console.width)
-
-
-def _cell(placement: Placement, plan: Plan, console: Console) -> str:
-    style = _device_style(placement.device, plan)
-    return console.style(_symbol(placement.device), style, stream=console.stdout)
-
-
-def _held(plan: Plan, device: str) -> str:
-    """Return what a device holds in execution order: "embedding, layers 0-15"."""
-    parts: list[str] = []
-    number, first, last = 0, None, 0
-    for placement in plan.placements:
-        here = placement.device == device
-        if placement.kind == "layer":
-            if here:
-                first, last = (number if first is None else first), number
-            number += 1
-            continue
-        if first is not None:
-            parts.append(_layer_range(first, last))
-            first = None
-        if here:
-            parts.append(placement.kind if placement.kind != "other" else placement.block)
-    if first is not None:
-        parts.append(_layer_range(first, last))
-    return ", ".join(parts)
-
-
-def _layer_range(first: int, last: int) -> str:
-    return f"layer {first}" if first == last else f"layers {first}-{last}"
-
-
-def _ladder(plan: Plan, console: Console) -> Iterator[str]:
-    yield "ladder (> is where loading starts)"
-    widest = max(len(rung.name) for rung in plan.rungs)
-    for number, rung in enumerate(plan.rungs):
-        mark = ">" if number == plan.start else "x" if number < plan.start else " "
-        style: tuple[Style, ...] = ("bold",) if number == plan.start else ()
-        line = f"{_INDENT}{mark} {rung.name.ljust(widest)}  "
-        yield from _hanging(console.style(line, *style, stream=console.stdout), len(line), rung.reason, console.width)
-
-
-def _hanging(lead: str, lead_width: int, text: str, width: int) -> Iterator[str]:
-    import textwrap
-
-    lines = textwrap.wrap(text, max(20, width - lead_width)) or [""]
-    yield lead + lines[0]
-    for line in lines[1:]:
-        yield " " * lead_width + line
-
-
-def _device_style(device: str, plan: Plan) -> Style:
-    host = _HOST_STYLES.get(device)
-    if host is not None:
-        return host
-    names = [use.device for use in plan.devices]
-    return _ACCELERATOR_STYLES[names.index(device) % len(_ACCELERATOR_STYLES)]
-
-
-def _symbol(device: str) -> str:
-    """Return one character for a device: the ordinal of an accelerator, else the first letter of its name."""
-    kind, _, ordinal = device.partition(":")
-    if not ordinal:
-        return kind[0]
-    return ordinal if len(ordinal) == 1 else chr(ord("A") + int(ordinal) - 10)

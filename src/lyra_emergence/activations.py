@@ -1,0 +1,132 @@
+"""Bytes of temporaries while a model runs, for one chunk of a prompt against a full context: from config.json alone.
+
+The formulas follow what transformers 5.23 keeps alive at the fullest moment of a forward pass, operator by operator, of
+the model types in `KNOWN_TYPES`: their attention runs fused and keeps no matrix of scores. They bound that moment from
+above, and closely: what a trial forward (`trial.py`) counts for these types lies at most an eighth below. Other types
+have other moments, which a trial forward finds.
+
+Alive together are, through a whole pass: the hidden state and the embeddings it began with, rotary tables, masks; and
+in one layer whichever of these is most: attention (queries, the keys and values repeated for every head where heads
+share them, the mask in the model's dtype, the output), the growing cache (old and new keys of one layer), the MLP, the
+experts, a norm in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lyra_emergence.model_shape import ModelShape
+
+__all__ = ["KNOWN_TYPES", "Activations", "estimate_activations"]
+
+KNOWN_TYPES = frozenset(
+    """
+    cohere cohere2 deepseek_v3 gemma gemma3_text glm4 gpt2 gpt_neox granite llama minicpm3 mistral mixtral olmo olmo2
+    olmo3 olmoe opt phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3 starcoder2
+    """.split()  # noqa: SIM905 - a table of words reads better than quoted strings
+)
+"""Model types whose temporaries the formulas are known to bound closely."""
+
+_EXPERT_COPIES = 4
+"""An expert's gate and up are one tensor of twice its width; with it live the activated gate and the product."""
+_NUMBERS = 3
+"""Whole numbers for each token: its id, its position, its place in the cache."""
+_TABLES = 3
+"""Rotary frequencies, which stay: half a width each, as made and as in use, for one or two kinds of layers."""
+_FLOAT32 = 4
+_INT64 = 8
+_BOOL = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes of temporaries at their most, on a device that runs a part of the model.
+
+    Parts run one after the other: a device that runs several of them has the largest figure, not the sum.
+
+    Attributes:
+        embedding: Where the embeddings are looked up.
+        layer: Where a layer runs.
+        head: Where the last norm and the head run.
+    """
+
+    embedding: int
+    layer: int
+    head: int
+
+    def of(self, *, embedding: bool = False, layer: bool = False, head: bool = False) -> int:
+        """Return the bytes on a device that runs the parts named."""
+        return max(self.embedding * embedding, self.layer * layer, self.head * head)
+
+
+def estimate_activations(shape: ModelShape, tokens: int, context: int, batch: int) -> Activations:
+    """Return an upper estimate for `tokens` tokens of each of `batch` sequences against `context` cached ones."""
+    rows = tokens * batch
+    context = shape.reach(context, tokens)
+    hidden = rows * shape.hidden * shape.itemsize
+    logits = batch * shape.vocab * (shape.itemsize + _FLOAT32)
+    head = 2 * hidden + max(logits, 2 * rows * shape.hidden * _FLOAT32)
+    in_layer = max(
+        _attention(shape, tokens, context, batch),
+        _growing_cache(shape, rows, context, batch),
+        hidden + shape.mlp_copies * rows * shape.intermediate * shape.itemsize,
+        _experts(shape, rows),
+        3 * rows * shape.hidden * _FLOAT32,
+    )
+    return Activations(embedding=2 * hidden, layer=_throughout(shape, tokens, context, batch) + in_layer, head=head)
+
+
+def _throughout(shape: ModelShape, tokens: int, context: int, batch: int) -> int:
+    """Hidden state, embeddings and normed input, positions and their sum; whole numbers; rotary tables; masks."""
+    rows = tokens * batch
+    numbers = _NUMBERS * rows * _INT64
+    rotary = 2 * rows * shape.rotary_width * _FLOAT32
+    masks = shape.masks * batch * tokens * context * _BOOL if _is_masked(shape, tokens, context) else 0
+    numbers += _TABLES * shape.rotary_width * _FLOAT32
+    return (3 + 2 * shape.learned_positions) * rows * shape.hidden * shape.itemsize + numbers + rotary + masks
+
+
+def _attention(shape: ModelShape, tokens: int, context: int, batch: int) -> int:
+    """Queries, repeated keys and values, the mask in the model's dtype, the output, a fused projection."""
+    rows, masked = tokens * batch, _is_masked(shape, tokens, context)
+    queries = rows * shape.heads * (shape.key_width + shape.value_width)
+    # Twice the keys and values: as projected, and turned by their positions.
+    projected = rows * (shape.heads * shape.key_width + 2 * shape.key_heads * (shape.key_width + shape.value_width))
+    repeated = 0
+    if shape.latent:
+        # Expanded from the latent for every head, and the keys once more, joined with their rotary part.
+        expanded = shape.key_width - shape.rotary_width + shape.value_width
+        repeated = batch * context * shape.heads * (expanded + shape.key_width)
+    elif shape.key_heads < shape.heads and masked:
+        repeated = batch * context * shape.heads * (shape.key_width + shape.value_width)
+    mask = batch * tokens * context if masked else 0
+    return (queries + projected + repeated + mask) * shape.itemsize
+
+
+def _is_masked(shape: ModelShape, tokens: int, context: int) -> bool:
+    """Return whether attention gets a mask: without a cache behind it, the kernels know the causal one by themselves.
+
+    With a mask, heads that share keys and values get copies of them.
+    """
+    return tokens < context or shape.masks > 1
+
+
+def _growing_cache(shape: ModelShape, rows: int, context: int, batch: int) -> int:
+    """The old keys (or values) of a layer beside the new, which concatenation makes, and what is being added."""
+    wide = shape.latent or shape.key_heads * max(shape.key_width, shape.value_width)
+    projected = rows * (2 * shape.heads * shape.key_width + shape.key_heads * (shape.key_width + shape.value_width))
+    return (batch * context * wide + projected) * shape.itemsize
+
+
+def _experts(shape: ModelShape, rows: int) -> int:
+    """The chosen experts' inputs, their MLP, or their outputs weighted in float32; the router's scores."""
+    if not shape.experts:
+        return 0
+    chosen = rows * shape.experts_per_token
+    routed = 2 * rows * shape.experts * _FLOAT32 + 4 * chosen * _INT64
+    inner = chosen * (shape.hidden + _EXPERT_COPIES * shape.expert_width) * shape.itemsize
+    outputs = chosen * shape.hidden * (2 * shape.itemsize + 2 * _FLOAT32)
+    shared = rows * (shape.hidden + shape.mlp_copies * shape.shared_width) * shape.itemsize
+    return max(inner, outputs, shared) + routed + rows * shape.hidden * shape.itemsize

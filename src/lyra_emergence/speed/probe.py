@@ -1,0 +1,374 @@
+"""Measuring this machine, in about half a second on the CPU and as much for each accelerator.
+
+Weights are read and multiplied as Lyra's decode does it: `torch.nn.functional.linear` with one row, with all threads
+that torch uses. A layer's own cost is the difference between two tiny models of transformers with 4 and 2 layers.
+Each figure is the median of several short runs; its band leaves out the lowest and the highest sixth.
+
+Figures hold for the machine as it was. On a busy one they are low and wide, and take two or three seconds: two threads
+of torch that spin while they wait for each other, and other programs beside, were twenty times slower than one alone.
+
+Not covered: several sockets with memory of their own, sparse or compiled kernels, what other processes leave of a
+GPU's time. Torch's global state (threads, default dtype, random numbers) is left as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import tempfile
+import time
+from itertools import cycle, pairwise
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from lyra_emergence.speed.cache import fingerprint, rates_path
+from lyra_emergence.speed.machine_rates import SHARED_HEADS, Band, DeviceRates, DtypeRates, MachineRates
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import torch
+
+    from lyra_emergence.machine import Machine
+
+__all__ = ["measure_rates"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+_ROUNDS = 3
+"""Every figure is measured a little in each round: a moment's disturbance spoils a part of all, not all of one."""
+_BUDGET = 0.005
+"""Seconds for each figure in a round; it takes more only where one run does."""
+_LONGEST = 0.7
+"""Seconds after which a device too busy to be measured more often has been measured often enough."""
+_ENOUGH = 3
+"""Runs whose differences say something."""
+_LEAST_BUFFER, _MOST_BUFFER = 96 * 2**20, 512 * 2**20
+_TIMES_CACHES = 4
+"""How many times the last-level caches the buffer is: at twice, caches still made reading 12% faster than at thirty."""
+_WIDTH = 2048
+"""Rows and columns of the matrices: the hidden size of a model of one to three billion parameters."""
+_MATRIX_BYTES = 2 * _WIDTH * _WIDTH
+"""Bytes of a matrix of two-byte elements."""
+_CACHED_TOKENS, _CACHED_TOKENS_ON_ACCELERATORS = 512, 16384
+_CACHED_LAYERS = 3
+_KEY_HEADS, _HEAD_WIDTH = 8, 128
+_PREFILL_ROWS, _TRIAL_ROWS = 1024, 16
+_LONG_RUN = 0.005
+"""Seconds from which a product is long enough to be timed."""
+_LEAST_SHARE = 0.1
+"""Share of a tiny model's token that a layer, or what is beside the layers, costs at least."""
+_PIECE = 4 * 2**20
+_FILE_BYTES = 48 * 2**20
+_FEWEST_PIECES = 3
+_FILE_BUDGET = 0.03
+"""Seconds for writing a file, and for reading one, where the disk is slow."""
+
+
+def measure_rates(machine: Machine | None = None, *, file: Path | None = None) -> MachineRates:
+    """Measure this machine.
+
+    Args:
+        machine: This machine as `probe_machine` found it, which names the accelerators to measure; asked by default.
+        file: A file of some tens of megabytes or more where models lie, to measure reading with. By default a
+            temporary one in the user's cache folder, removed again. The kernel is asked to drop the pages it holds of
+            what is read first; where it does not (not Linux, a file that another process has mapped, some virtual file
+            systems) the rate is that of its page cache, many times the disk's.
+    """
+    from lyra_emergence.machine import probe_machine
+    from lyra_emergence.runtime.memory import give_back, return_freed_memory
+
+    return_freed_memory()  # as loading does: a cache that grows then gets new pages from the kernel at every step
+    found = probe_machine(with_torch=True)
+    machine = machine or found
+    named = {device.name for device in machine.accelerators}
+    accelerators: dict[str, DeviceRates] = {}
+    for device in (device for device in found.accelerators if device.name in named):
+        accelerators[device.name] = _measure_device(device.name, min(_MOST_BUFFER // 2, device.free_bytes // 4))
+        give_back()
+    room = min(_MOST_BUFFER, found.cpu.free_bytes // 4)
+    cpu = _measure_device("cpu", min(room, max(_LEAST_BUFFER, _TIMES_CACHES * _cache_bytes())))
+    return MachineRates(fingerprint(machine), cpu, accelerators, _measure_file(file))
+
+
+def _cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Return the bytes of all last-level caches; 0 where the kernel does not say."""
+    caches: dict[str, int] = {}
+    for level in root.glob("cpu[0-9]*/cache/index3"):
+        with contextlib.suppress(OSError, ValueError):
+            shared, size = (level / "shared_cpu_list").read_text(), (level / "size").read_text().strip()
+            caches[shared] = int(size.removesuffix("K")) * 1024
+    return sum(caches.values())
+
+
+def _measure_device(name: str, nbytes: int) -> DeviceRates:
+    """Return the rates of a device; without a dtype where there is no room for a probe of `nbytes`."""
+    import torch
+
+    end = time.perf_counter() + _LONGEST
+    with torch.inference_mode():
+        try:
+            pairs = max(1, nbytes // (2 * _MATRIX_BYTES))  # two matrices of bfloat16 are one of float32
+            # Ones in bfloat16 are numbers near one in float32 too.
+            buffer = torch.ones(2 * pairs, _WIDTH, _WIDTH, dtype=torch.bfloat16, device=name)
+            transfers = _Transfers(buffer.device) if name != "cpu" else None
+        except RuntimeError:
+            return DeviceRates({})
+        models = [_tiny_model(layers) for layers in (2, 4)]
+        prepared = {dtype: _prepare(buffer, getattr(torch, dtype), models) for dtype in DTYPES}
+        probes = {dtype: probe for dtype, probe in prepared.items() if probe is not None}
+        series = [one for probe in (*probes.values(), transfers) if probe is not None for one in probe.series]
+        for one in series * _ROUNDS:
+            if time.perf_counter() < end:
+                one.take()
+        found = {dtype: probe.rates() for dtype, probe in probes.items()}
+        return DeviceRates(found, *(transfers.rates() if transfers else ()))
+
+
+def _prepare(buffer: torch.Tensor, dtype: torch.dtype, models: Sequence[Any]) -> _DtypeProbe | None:
+    """Return the probe of the buffer's device, or None where it cannot compute in `dtype` or has no room to."""
+    try:
+        matrices = buffer.view(-1).view(dtype).view(-1, _WIDTH, _WIDTH)
+        return _DtypeProbe(matrices, [copy.deepcopy(model).to(dtype).to(buffer.device) for model in models])
+    except (RuntimeError, TypeError):
+        return None
+
+
+class _Series:
+    """Runs of one kind, timed; where there are several runs, in turns, so that what slows one slows the others."""
+
+    def __init__(self, device: torch.device, *runs: Callable[[], object], budget: float = _BUDGET) -> None:
+        self._device = device
+        self._runs = runs
+        self._budget = budget
+        self._samples = [self._sample()]
+
+    def take(self) -> None:
+        """Time the runs, as often as the budget allows but once in any case."""
+        end = time.perf_counter() + self._budget
+        self._samples.append(self._sample())
+        while time.perf_counter() < end:
+            self._samples.append(self._sample())
+
+    @property
+    def samples(self) -> list[list[float]]:
+        """Seconds of each run, by time; without the first, in which torch chose kernels, where there are others."""
+        return self._samples[1:] or self._samples
+
+    def band(self) -> Band:
+        """Return the seconds of the first run."""
+        return _band([sample[0] for sample in self.samples])
+
+    def _sample(self) -> list[float]:
+        return [_clocked(run, self._device) for run in self._runs]
+
+
+class _DtypeProbe:
+    """What is run to measure a device in one dtype."""
+
+    def __init__(self, matrices: torch.Tensor, models: Sequence[Any]) -> None:
+        device, dtype = matrices.device, matrices.dtype
+        on_cpu = device.type == "cpu"
+        each = cycle(matrices)
+        self._rows = _prefill_rows(matrices) if on_cpu else _PREFILL_ROWS
+        self._read_bytes = matrices[0].nbytes if on_cpu else matrices.nbytes
+        cache, self._cache_bytes = _cache(device, dtype)
+        # On an accelerator one after the other without waiting, as its queue runs them.
+        self._read = _Series(device, _product(matrices, 1, each, times=1 if on_cpu else len(matrices)))
+        self._matmul = _Series(device, _product(matrices, self._rows, each))
+        self._alone, self._shared = (_Series(device, _attention(cache, heads)) for heads in (1, SHARED_HEADS))
+        self._steps = _Series(device, *(_stepper(model, device) for model in models), budget=2 * _BUDGET)
+        self.series = (self._read, self._matmul, self._alone, self._shared, self._steps)
+
+    def rates(self) -> DtypeRates:
+        """Return what was measured."""
+        pairs = self._steps.samples
+        # The floors keep figures above zero where noise is larger than they are.
+        layer = [max((more - less) / 2, more * _LEAST_SHARE) for less, more in pairs]
+        token = [max(2 * less - more, less * _LEAST_SHARE) for less, more in pairs]
+        return DtypeRates(
+            read=self._read.band().under(self._read_bytes),
+            matmul=self._matmul.band().under(2 * self._rows * _WIDTH * _WIDTH),
+            cache_alone=self._alone.band().under(self._cache_bytes),
+            cache_shared=self._shared.band().under(self._cache_bytes),
+            layer=_band(layer),
+            token=_band(token),
+        )
+
+
+class _Transfers:
+    """What is run to measure the way from main memory to an accelerator."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        held = torch.ones(_PIECE, dtype=torch.uint8)
+        small = torch.ones(1, 1, _WIDTH)  # (batch, tokens, width)
+        self._copy = _Series(device, lambda: held.to(device))
+        self._there_and_back = _Series(device, lambda: small.to(device).to("cpu"))
+        self.series = (self._copy, self._there_and_back)
+
+    def rates(self) -> tuple[Band, Band]:
+        """Return bytes/s to the device, and the seconds that a hidden state takes there or back."""
+        return self._copy.band().under(_PIECE), self._there_and_back.band().times(0.5)
+
+
+def _product(
+    matrices: torch.Tensor, rows: int, each: Iterator[torch.Tensor], *, times: int = 1
+) -> Callable[[], object]:
+    """Return a function that multiplies `rows` tokens with the next matrix, `times` over."""
+    from torch.nn.functional import linear
+
+    tokens = matrices.new_full((1, rows, _WIDTH), 0.5)  # (batch, tokens, width)
+
+    def run() -> None:
+        for _ in range(times):
+            linear(tokens, next(each))
+
+    return run
+
+
+def _prefill_rows(matrices: torch.Tensor) -> int:
+    """Return the rows of a product that is long enough: few in float16 on a CPU without instructions for it."""
+    run = _product(matrices, _TRIAL_ROWS, cycle(matrices))
+    seconds = min(_clocked(run, matrices.device) for _ in range(2))
+    return min(_PREFILL_ROWS, max(2 * _TRIAL_ROWS, int(_TRIAL_ROWS * _LONG_RUN / seconds)))
+
+
+_Cache = list[list["torch.Tensor"]]
+
+
+def _cache(device: torch.device, dtype: torch.dtype) -> tuple[_Cache, int]:
+    """Return keys and values of a few layers, and the bytes of one layer's."""
+    import torch
+
+    tokens = _CACHED_TOKENS if device.type == "cpu" else _CACHED_TOKENS_ON_ACCELERATORS
+    shape = (1, _KEY_HEADS, tokens, _HEAD_WIDTH)  # (batch, heads, tokens, width)
+    layers = [[torch.ones(shape, dtype=dtype, device=device) for _ in range(2)] for _ in range(_CACHED_LAYERS)]
+    return layers, sum(held.nbytes for held in layers[0])
+
+
+def _attention(cache: _Cache, heads: int) -> Callable[[], object]:
+    """Return a function that adds a token to a layer's keys and values and looks at all, with `heads` times as many."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    new = cache[0][0][:, :, :1].clone()  # (batch, heads, tokens, width)
+    query = new.repeat(1, heads, 1, 1)
+    each = cycle([list(layer) for layer in cache])
+
+    def run() -> None:
+        # The cache grows by concatenation: all of it is written once more, to memory that is new each time.
+        layer = next(each)
+        keys, values = layer[:] = [torch.cat([held, new], -2) for held in layer]
+        scaled_dot_product_attention(query, keys, values, enable_gqa=heads > 1)
+
+    return run
+
+
+def _tiny_model(layers: int) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+    )
+    with torch.random.fork_rng(devices=[]):
+        return LlamaForCausalLM(config).eval()
+
+
+def _stepper(model: Any, device: torch.device) -> Callable[[], object]:
+    """Return a function that runs one token through a model and waits for its logits."""
+    import torch
+
+    cache: dict[str, Any] = {}
+
+    def step() -> int:
+        token = torch.tensor([[1]], device=device)  # (batch, tokens)
+        output = model(input_ids=token, use_cache=True, logits_to_keep=1, **cache)
+        cache["past_key_values"] = output.past_key_values
+        return int(output.logits[:, -1].float().argmax(-1))
+
+    return step
+
+
+def _clocked(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that `run` takes on a device."""
+    import torch
+
+    start = time.perf_counter()
+    run()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _band(found: Sequence[float]) -> Band:
+    """Return the median, and what is left without the lowest and the highest sixth; of a few runs, twice as wide."""
+    ordered = sorted(found)
+    sixth = len(ordered) // 6
+    band = Band(ordered[sixth], median(ordered), ordered[-1 - sixth])
+    return band if len(ordered) >= _ENOUGH else band.widened(2, 2)
+
+
+def _measure_file(path: Path | None) -> Band | None:
+    """Return bytes/s of reading a file, or None where none can be read."""
+    try:
+        with _opened(path) as stream:
+            seconds = list(_read_pieces(stream))
+    except OSError:
+        return None
+    if len(seconds) < _FEWEST_PIECES:
+        return None
+    # What the kernel reads ahead makes single pieces slow or instant: thirds of the file tell more.
+    cuts = [len(seconds) * third // 3 for third in range(4)]
+    thirds = [(end - start) * _PIECE / sum(seconds[start:end]) for start, end in pairwise(cuts)]
+    return Band(min(thirds), len(seconds) * _PIECE / sum(seconds), max(thirds))
+
+
+@contextlib.contextmanager
+def _opened(path: Path | None) -> Iterator[Any]:
+    """Yield a file of which the kernel holds no page, if it could be told so."""
+    folder = rates_path().parent
+    if path is None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with path.open("rb", buffering=0) if path else tempfile.TemporaryFile(dir=folder, buffering=0) as stream:
+        if path is None:
+            _fill(stream)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, _FILE_BYTES, os.POSIX_FADV_DONTNEED)
+        stream.seek(0)
+        yield stream
+
+
+def _pieces() -> Iterator[None]:
+    """Yield as often as a piece may be written or read in the time for it, which a slow disk gets little of."""
+    end = time.perf_counter() + _FILE_BUDGET
+    for at in range(_FILE_BYTES // _PIECE):
+        if at >= _FEWEST_PIECES and time.perf_counter() > end:
+            return
+        yield
+
+
+def _fill(stream: Any) -> None:
+    """Write the file, on to the disk: pages that wait to be written cannot be dropped."""
+    piece = os.urandom(_PIECE)  # a file system that compresses finds nothing to gain
+    for _ in _pieces():
+        stream.write(piece)
+        os.fsync(stream.fileno())
+
+
+def _read_pieces(stream: Any) -> Iterator[float]:
+    piece = bytearray(_PIECE)
+    for _ in _pieces():
+        start = time.perf_counter()
+        if stream.readinto(piece) < _PIECE:
+            return
+        yield time.perf_counter() - start
