@@ -61,8 +61,24 @@ class Activations:
         return max(self.embedding * embedding, self.layer * layer, self.head * head)
 
 
-def estimate_activations(shape: ModelShape, tokens: int, context: int, batch: int) -> Activations:
-    """Return an upper estimate for `tokens` tokens of each of `batch` sequences against `context` cached ones."""
+def estimate_activations(shape: ModelShape, context: int, batch: int, chunk: int) -> Activations:
+    """Return an upper estimate for any prompt of each of `batch` sequences that `context` tokens have room for.
+
+    A prompt runs in chunks of `chunk` tokens from its beginning, so that the fullest moment is that of the last whole
+    chunk in the context, or of what is left behind it with all of the context in view.
+    """
+    whole = context // chunk * chunk
+    passes = [(min(chunk, context), whole or context), (context - whole, context)]
+    peaks = [_in_a_pass(shape, tokens, behind, batch) for tokens, behind in passes if tokens]
+    return Activations(
+        embedding=max(peak.embedding for peak in peaks),
+        layer=max(peak.layer for peak in peaks),
+        head=max(peak.head for peak in peaks),
+    )
+
+
+def _in_a_pass(shape: ModelShape, tokens: int, context: int, batch: int) -> Activations:
+    """Return an upper estimate for a pass of `tokens` tokens that are the last of `context`."""
     rows = tokens * batch
     context = shape.reach(context, tokens)
     hidden = rows * shape.hidden * shape.itemsize
@@ -92,8 +108,9 @@ def _attention(shape: ModelShape, tokens: int, context: int, batch: int) -> int:
     """Queries, repeated keys and values, the mask in the model's dtype, the output, a fused projection."""
     rows, masked = tokens * batch, _is_masked(shape, tokens, context)
     queries = rows * shape.heads * (shape.key_width + shape.value_width)
-    # Twice the keys and values: as projected, and turned by their positions.
-    projected = rows * (shape.heads * shape.key_width + 2 * shape.key_heads * (shape.key_width + shape.value_width))
+    new = rows * shape.key_heads * (shape.key_width + shape.value_width)
+    # As projected, and turned by their positions.
+    projected = 2 * new + rows * shape.heads * shape.key_width if shape.queries_twice or shape.latent else 2 * new
     repeated = 0
     if shape.latent:
         # Expanded from the latent for every head, and the keys once more, joined with their rotary part.

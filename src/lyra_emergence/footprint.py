@@ -185,7 +185,7 @@ def estimate_footprint(
         )
         for block in index.blocks
     )
-    estimated = estimate_activations(shape, min(context, PREFILL_CHUNK), context, batch)
+    estimated = estimate_activations(shape, context, batch, PREFILL_CHUNK)
     activations = trial.activations if trial else estimated
     workspace = _quantized_workspace(index, quantization, min(context, PREFILL_CHUNK) * batch, shape.itemsize)
     return Footprint(

@@ -15,6 +15,7 @@ __all__ = ["ModelShape"]
 
 _SECOND_MASK = frozenset({"qwen2_moe"})
 """Types of transformers 5.23 that combine two masks into a third though none of their layers slides."""
+_ROTARY_SHARES = ("partial_rotary_factor", "rotary_pct")
 _WRITTEN_OUT = frozenset({"gelu_new", "gelu_fast", "quick_gelu", "gelu_python"})
 """Activations that transformers computes from several operators, each with a result of its own."""
 
@@ -45,6 +46,8 @@ class ModelShape:
         shared_width: Width of the MLP that every token goes through beside its experts.
         mlp_copies: Tensors of the MLP's width alive at once.
         masks: Attention masks alive at once: a window's is made from two others.
+        queries_twice: Whether a second tensor of the queries' size lives beside them: the output of one projection for
+            queries, keys and values, or the part of them that is turned by position.
         learned_positions: Whether positions are looked up in a table of their own.
         itemsize: Bytes of an element.
         notes: What config.json left open, and what was taken.
@@ -67,6 +70,7 @@ class ModelShape:
     shared_width: int
     mlp_copies: int
     masks: int
+    queries_twice: bool
     learned_positions: bool
     itemsize: int
     notes: tuple[str, ...]
@@ -117,6 +121,8 @@ class ModelShape:
             shared_width=shared,
             mlp_copies=_mlp_copies(config, index),
             masks=3 if any(windows) else 2 if config.get("model_type") in _SECOND_MASK else 1,
+            queries_twice=_turns_a_part(config)
+            or not any(".q_proj." in name for layer in index.layers[:1] for name in layer.tensors),
             learned_positions=sum(block.kind == "embedding" for block in index.blocks) > 1,
             itemsize=itemsize,
             notes=notes,
@@ -157,6 +163,12 @@ def _mlp_copies(config: Mapping[str, Any], index: CheckpointIndex) -> int:
     activation = _named(config, "hidden_act", "activation_function", "hidden_activation", "activation")
     # GPT-2 and its kin say nothing where it is the written-out one, their default.
     return 4 if activation in _WRITTEN_OUT or activation is None else 2
+
+
+def _turns_a_part(config: Mapping[str, Any]) -> bool:
+    rope = config.get("rope_parameters")
+    shares = [part.get(key) for part in (config, rope) if isinstance(part, dict) for key in _ROTARY_SHARES]
+    return any(isinstance(share, float) and share < 1 for share in shares)
 
 
 def _named(config: Mapping[str, Any], *keys: str) -> str | None:

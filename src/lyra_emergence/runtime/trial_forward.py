@@ -165,7 +165,7 @@ def _count(model: Any, context: int, batch: int, chunk: int) -> Trial:
     layers: list[int] = []
     peak = logits = 0
     with torch.inference_mode(), _FusedAttention(), live:
-        for tokens, counted in _steps(max(1, context - _SINGLE_TOKENS), feeding):
+        for tokens, counted in _steps(context, feeding):
             live.peak = live.now
             caches, logits = _step(model, feeding, caches, (batch, tokens))
             if not counted:
@@ -185,16 +185,20 @@ def _count(model: Any, context: int, batch: int, chunk: int) -> Trial:
     )
 
 
-def _steps(prompt: int, feeding: Feeding) -> Iterator[tuple[int, bool]]:
+def _steps(context: int, feeding: Feeding) -> Iterator[tuple[int, bool]]:
     """Yield the tokens of each pass, and whether it is counted.
 
-    What comes before the last chunk runs as one, to fill the caches: generation runs it in chunks that take less than
-    the last one, which has the most behind it.
+    A prompt runs in chunks from its beginning, so that the fullest moment is that of the last whole chunk in the
+    context, or of what is left behind it. What comes before the last whole chunk runs as one, to fill the caches.
     """
-    last = prompt if feeding.chunk is None else min(prompt, feeding.chunk)
-    if prompt > last:
-        yield prompt - last, False
-    yield last, True
+    prompt = max(1, context - _SINGLE_TOKENS)
+    chunk = min(feeding.chunk or prompt, prompt)
+    before = max(0, context // chunk * chunk - chunk) if feeding.chunk else 0
+    if before:
+        yield before, False
+    yield min(chunk, prompt - before), True
+    if prompt > before + chunk:
+        yield prompt - before - chunk, True
     for _ in range(_SINGLE_TOKENS):
         yield 1, True
 

@@ -15,7 +15,7 @@ from lyra_emergence.speed.machine_rates import MachineRates
 if TYPE_CHECKING:
     from lyra_emergence.machine import Machine
 
-__all__ = ["cached_rates", "fingerprint", "rates", "rates_path"]
+__all__ = ["cached_rates", "fingerprint", "keep", "rates", "rates_path"]
 
 JSON_FORMAT = "lyra.rates/1"
 _KEPT = 20
@@ -65,11 +65,11 @@ def rates(machine: Machine, *, file: Path | None = None, fresh: bool = False) ->
     from lyra_emergence.speed.probe import measure_rates
 
     measured = measure_rates(machine, file=file)
-    _keep(measured)
+    keep(measured)
     return measured
 
 
-def _keep(measured: MachineRates) -> None:
+def keep(measured: MachineRates) -> None:
     """Write the file whole, then put it in the old one's place; a folder that cannot be written costs only time."""
     path = rates_path()
     others = {key: held for key, held in _read(path).items() if key != measured.fingerprint}

@@ -40,7 +40,7 @@ _MAP_LIKELY = 1.15
 """On weights on the CPU: the pages of a map, at the odd addresses that a header leaves, read slower than a buffer."""
 _PACKED_READ = {"8bit": 0.6, "4bit": 0.65}
 """Packed bytes that bitsandbytes reads for each byte that the unpacked product would, in the same time."""
-_PACKED_LAYERS = {"8bit": 5.0, "4bit": 1.5}
+_PACKED_LAYERS = {"8bit": 3.0, "4bit": 0.5}
 """What packing adds to each layer's own seconds, in layers: each projection is several small operators more."""
 _PACKED_ERROR: _Error = (1.8, 2.0)
 _FILE_ERROR: _Error = (1.25, 3.0)
@@ -48,7 +48,7 @@ _FILE_ERROR: _Error = (1.25, 3.0)
 _CACHE_ERROR: _Error = (1.6, 1.6)
 _LAYER_ERROR: _Error = (1.5, 1.8)
 """On small operators: the probe's model is narrow, and other families have more or fewer of them."""
-_PREFILL_LIKELY = 1.1
+_PREFILL_LIKELY, _PACKED_PREFILL_LIKELY = 1.1, 1.3
 _PREFILL_ERROR: _Error = (1.5, 1.7)
 """On products: more rows are faster than the probe's few; attention, norms and activations come on top."""
 _MOST_SHARED_HEADS = 8
@@ -151,7 +151,7 @@ def _works(
         if placement.kind == "embedding":
             continue  # of a table, a token reads one row
         tied_to = blocks[placement.block].tied_to
-        held = placement.weights or (blocks[tied_to].weights if tied_to else 0)
+        held = max(placement.weights, blocks[tied_to].weights) if tied_to else placement.weights
         read = held * active_share.get(placement.block, 1.0)
         is_layer = placement.kind == "layer"
         packing = footprint.quantization if is_layer else None
@@ -194,8 +194,8 @@ class _Device:
     def prefill(self, tokens: int) -> Band:
         """Return the seconds of a chunk of `tokens`."""
         products = self.rates.matmul.under(2 * self.work.products * tokens)
-        error = _PACKED_ERROR if self.packing else _PREFILL_ERROR
-        return self._with_layers(products.times(_PREFILL_LIKELY).widened(*error) + self._streamed())
+        factor, error = (_PACKED_PREFILL_LIKELY, _PACKED_ERROR) if self.packing else (_PREFILL_LIKELY, _PREFILL_ERROR)
+        return self._with_layers(products.times(factor).widened(*error) + self._streamed())
 
     def _streamed(self) -> Band:
         return self.file_read.under(self.work.streamed).widened(*_FILE_ERROR) if self.file_read else Band(0, 0, 0)
@@ -233,8 +233,8 @@ def _rests_on(devices: Sequence[_Device], footprint: Footprint) -> str:
     parts += [f"{format_bytes(cached)} of KV cache (half of {footprint.context_length} tokens)"] if cached else []
     listed = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1]))) if parts else "nothing"
     layers = sum(device.work.layers for device in devices)
-    each = max(device.rates.layer.likely for device in devices)
-    return f"a token reads {listed}, and passes {layers} layers of {1000 * each:.2g} ms beside"
+    slowest = 1000 * max(device.rates.layer.likely for device in devices)
+    return f"a token reads {listed}, and each of {layers} layers adds {slowest:.3g} ms"
 
 
 def _reads(device: _Device) -> Iterator[str]:

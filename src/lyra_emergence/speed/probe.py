@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
     from lyra_emergence.machine import Machine
 
-__all__ = ["measure_rates"]
+__all__ = ["measure_file", "measure_rates"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 _ROUNDS = 3
 """Every figure is measured a little in each round: a moment's disturbance spoils a part of all, not all of one."""
 _BUDGET = 0.005
 """Seconds for each figure in a round; it takes more only where one run does."""
-_LONGEST = 0.7
+_LONGEST = 0.5
 """Seconds after which a device too busy to be measured more often has been measured often enough."""
 _ENOUGH = 3
 """Runs whose differences say something."""
@@ -51,7 +51,7 @@ _WIDTH = 2048
 """Rows and columns of the matrices: the hidden size of a model of one to three billion parameters."""
 _MATRIX_BYTES = 2 * _WIDTH * _WIDTH
 """Bytes of a matrix of two-byte elements."""
-_CACHED_TOKENS, _CACHED_TOKENS_ON_ACCELERATORS = 512, 16384
+_CACHED_TOKENS, _CACHED_TOKENS_ON_ACCELERATORS = 512, 8192
 _CACHED_LAYERS = 3
 _KEY_HEADS, _HEAD_WIDTH = 8, 128
 _PREFILL_ROWS, _TRIAL_ROWS = 1024, 16
@@ -76,6 +76,9 @@ def measure_rates(machine: Machine | None = None, *, file: Path | None = None) -
             what is read first; where it does not (not Linux, a file that another process has mapped, some virtual file
             systems) the rate is that of its page cache, many times the disk's.
     """
+    # Imported here so that no figure pays for it.
+    from transformers import LlamaForCausalLM  # noqa: F401
+
     from lyra_emergence.machine import probe_machine
     from lyra_emergence.runtime.memory import give_back, return_freed_memory
 
@@ -89,7 +92,7 @@ def measure_rates(machine: Machine | None = None, *, file: Path | None = None) -
         give_back()
     room = min(_MOST_BUFFER, found.cpu.free_bytes // 4)
     cpu = _measure_device("cpu", min(room, max(_LEAST_BUFFER, _TIMES_CACHES * _cache_bytes())))
-    return MachineRates(fingerprint(machine), cpu, accelerators, _measure_file(file))
+    return MachineRates(fingerprint(machine), cpu, accelerators, measure_file(file))
 
 
 def _cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:
@@ -106,7 +109,6 @@ def _measure_device(name: str, nbytes: int) -> DeviceRates:
     """Return the rates of a device; without a dtype where there is no room for a probe of `nbytes`."""
     import torch
 
-    end = time.perf_counter() + _LONGEST
     with torch.inference_mode():
         try:
             pairs = max(1, nbytes // (2 * _MATRIX_BYTES))  # two matrices of bfloat16 are one of float32
@@ -119,6 +121,7 @@ def _measure_device(name: str, nbytes: int) -> DeviceRates:
         prepared = {dtype: _prepare(buffer, getattr(torch, dtype), models) for dtype in DTYPES}
         probes = {dtype: probe for dtype, probe in prepared.items() if probe is not None}
         series = [one for probe in (*probes.values(), transfers) if probe is not None for one in probe.series]
+        end = time.perf_counter() + _LONGEST
         for one in series * _ROUNDS:
             if time.perf_counter() < end:
                 one.take()
@@ -318,7 +321,7 @@ def _band(found: Sequence[float]) -> Band:
     return band if len(ordered) >= _ENOUGH else band.widened(2, 2)
 
 
-def _measure_file(path: Path | None) -> Band | None:
+def measure_file(path: Path | None) -> Band | None:
     """Return bytes/s of reading a file, or None where none can be read."""
     try:
         with _opened(path) as stream:
