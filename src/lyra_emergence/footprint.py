@@ -149,6 +149,7 @@ def estimate_footprint(
     dtype: str | None = None,
     quantization: Quantization | None = None,
     trial: Trial | None = None,
+    like: Footprint | None = None,
 ) -> Footprint:
     """Return the bytes that the checkpoint takes once loaded.
 
@@ -159,6 +160,7 @@ def estimate_footprint(
         dtype: torch's name of the dtype to compute in; the checkpoint's own by default.
         quantization: How the projections of the layers are packed.
         trial: What a trial forward at this context, batch and dtype took, for a model type that is not a known one.
+        like: A footprint of the same checkpoint, dtype and quantization, whose weights need not be summed again.
 
     Raises:
         ConfigError: The context is longer than the model's, or it or the batch is not positive.
@@ -168,22 +170,11 @@ def estimate_footprint(
     context = _checked_context(index, context_length)
     name = compute_dtype(index, dtype)
     shape = ModelShape.read(index, itemsize=_TYPE_BITS[TORCH_DTYPES[name]] // 8)
-    transposed = index.model_type in _TRANSPOSED
     caches = trial.kv_cache if trial else ()
+    made = like.blocks if like else _weights(index, name, quantization)
     blocks = tuple(
-        BlockFootprint(
-            name=block.name,
-            kind=block.kind,
-            tied_to=block.tied_to,
-            weights=sum(
-                _loaded_bytes(index.tensors[t], block, name, quantization, transposed=transposed) for t in block.tensors
-            ),
-            kv_cache=_cache_bytes(block, caches, shape, context, batch),
-            mapped=_stays_mapped(index, block, name, quantization),
-            home=sum(index.tensors[t].nbytes for t in block.tensors if _is_merged(t)),
-            home_is_copy=TORCH_DTYPES[name] == index.dtype,
-        )
-        for block in index.blocks
+        replace(loaded, kv_cache=_cache_bytes(block, caches, shape, context, batch))
+        for block, loaded in zip(index.blocks, made, strict=True)
     )
     estimated = estimate_activations(shape, context, batch, PREFILL_CHUNK)
     activations = trial.activations if trial else estimated
@@ -196,6 +187,27 @@ def estimate_footprint(
         quantization=quantization,
         activations=replace(activations, layer=activations.layer + workspace),
         notes=_notes(index, shape, trial),
+    )
+
+
+def _weights(index: CheckpointIndex, dtype: str, quantization: Quantization | None) -> tuple[BlockFootprint, ...]:
+    """Return every block with its weights, and no cache."""
+    transposed = index.model_type in _TRANSPOSED
+    return tuple(
+        BlockFootprint(
+            name=block.name,
+            kind=block.kind,
+            tied_to=block.tied_to,
+            weights=sum(
+                _loaded_bytes(index.tensors[t], block, dtype, quantization, transposed=transposed)
+                for t in block.tensors
+            ),
+            kv_cache=0,
+            mapped=_stays_mapped(index, block, dtype, quantization),
+            home=sum(index.tensors[t].nbytes for t in block.tensors if _is_merged(t)),
+            home_is_copy=TORCH_DTYPES[dtype] == index.dtype,
+        )
+        for block in index.blocks
     )
 
 

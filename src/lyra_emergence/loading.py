@@ -103,16 +103,16 @@ def load(
     """
     started = time.perf_counter()
     tell = on_event or (lambda _: None)
-    if config.load_in_8bit or config.load_in_4bit:
-        from lyra_emergence.runtime.quantized import require_bitsandbytes
-
-        require_bitsandbytes("8bit" if config.load_in_8bit else "4bit")
     from lyra_emergence.runtime.memory import return_freed_memory
 
     return_freed_memory()
     folder = Path(directory) if directory is not None else locate(config.model_id)
     index = read_checkpoint(folder)
     plan = plan or make_plan(config, index, probe_machine(with_torch=True))
+    if plan.footprint.quantization is not None:
+        from lyra_emergence.runtime.quantized import require_bitsandbytes
+
+        require_bitsandbytes(plan.footprint.quantization)
     architecture = _load_architecture(folder, config)
     tokenizer = _load_tokenizer(folder, config, architecture)
     model = _map_model(index, config, architecture)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lyra_emergence.budgets import Budget, Request
     from lyra_emergence.footprint import BlockFootprint, Footprint
 
-__all__ = ["DeviceUse", "Placement", "measure_use", "place"]
+__all__ = ["CPU", "DISK", "DeviceUse", "Placement", "measure_use", "place"]
 
 CPU, DISK = "cpu", "disk"
 

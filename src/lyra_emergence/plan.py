@@ -18,11 +18,11 @@ from lyra_emergence.footprint import (
     PREFILL_CHUNK,
     Footprint,
     Quantization,
-    default_context,
     estimate_footprint,
     is_known,
 )
-from lyra_emergence.placement import DeviceUse, Placement, check_fits, measure_use, place, refuse
+from lyra_emergence.placement import DISK, DeviceUse, Placement, check_fits, measure_use, place, refuse
+from lyra_emergence.remedies import SHORTEST_CONTEXT, attempts
 from lyra_emergence.trial import find_trial
 from lyra_emergence.units import format_bytes
 
@@ -32,13 +32,11 @@ if TYPE_CHECKING:
     from lyra_emergence.checkpoint import CheckpointIndex
     from lyra_emergence.config import ModelConfig
     from lyra_emergence.machine import Machine
+    from lyra_emergence.remedies import Attempt, Goal
 
 __all__ = ["DeviceUse", "Placement", "Plan", "Rung", "RungName", "make_plan"]
 
 JSON_FORMAT = "lyra.plan/1"
-SHORTEST_CONTEXT = 512
-"""Tokens below which a context left open is not shortened: less holds no conversation."""
-
 _NO_LAYER_FITS = "no layer fits an accelerator"
 
 RungName = Literal["full", "planned", "fallback", "cpu"]
@@ -164,7 +162,8 @@ def _layers_by_device(placements: tuple[Placement, ...]) -> dict[str, int]:
 def make_plan(config: ModelConfig, index: CheckpointIndex, machine: Machine, *, batch: int = 1) -> Plan:
     """Plan where every block of a checkpoint goes on a machine.
 
-    A context that the configuration leaves open is shortened, and said, where the model fits in no other way.
+    Where the model does not fit the fastest memory as it was asked for, what `remedies.attempts` lists is tried, and
+    what is taken is said in the plan's notes.
 
     Args:
         config: What the user wants.
@@ -177,31 +176,71 @@ def make_plan(config: ModelConfig, index: CheckpointIndex, machine: Machine, *, 
             the batch is not positive.
         DoesNotFitError: No rung fits; the error says what is needed, what is there and what to try.
     """
-    quantization: Quantization | None = "8bit" if config.load_in_8bit else "4bit" if config.load_in_4bit else None
+    footprints: dict[tuple[int, Quantization | None], Footprint] = {}
     failure: DoesNotFitError | None = None
-    longer = 0
-    for context in _contexts(config, index):
-        footprint = measure_footprint(config, index, context, batch, quantization)
-        shortened = f"the context is shortened to {context} tokens: {longer} do not fit"
+    first: Attempt | None = None
+    for attempt in attempts(config, index):
+        first = first or attempt
+        key = (attempt.context, attempt.quantization)
+        if key not in footprints:
+            like = next((made for (_, form), made in footprints.items() if form == attempt.quantization), None)
+            footprints[key] = measure_footprint(config, index, attempt.context, batch, attempt.quantization, like)
         try:
-            return _plan(config, index, machine, footprint, (shortened,) if longer else ())
+            plan = _plan(config, index, machine, footprints[key])
         except DoesNotFitError as error:
-            failure = error
-        longer = footprint.context_length
+            if attempt.goal == "any" and attempt.quantization == first.quantization:
+                failure = error
+            continue
+        if _reaches(plan, attempt.goal):
+            return replace(plan, notes=(*plan.notes, *_taken(attempt, first, plan)))
     assert failure is not None
     raise failure
 
 
+def _reaches(plan: Plan, goal: Goal) -> bool:
+    if goal == "any":
+        return True
+    if any(placement.device == DISK for placement in plan.placements):
+        return False
+    fast = any(budget.limit for budget in plan.request.accelerators)
+    return goal == "memory" or plan.rung.name == "full" or not fast
+
+
+def _taken(attempt: Attempt, first: Attempt, plan: Plan) -> Iterator[str]:
+    """Yield what was changed so that the model fits, a sentence each."""
+    wholly = attempt.goal == "fast"
+    if attempt.context != first.context:
+        kept = ", so that nothing has to leave the fastest memory" if wholly else ""
+        yield f"the context is shortened to {attempt.context} tokens: {first.context} do not fit{kept}"
+    if attempt.quantization != first.quantization:
+        bits = "8" if attempt.quantization == "8bit" else "4"
+        size = format_bytes(plan.footprint.weights)
+        yield f"the layers are packed to {bits} bits ({size} of weights), which 'allow_quantization' permits"
+
+
 def measure_footprint(
-    config: ModelConfig, index: CheckpointIndex, context: int, batch: int, quantization: Quantization | None
+    config: ModelConfig,
+    index: CheckpointIndex,
+    context: int,
+    batch: int,
+    quantization: Quantization | None,
+    like: Footprint | None = None,
 ) -> Footprint:
     """Return the bytes that a checkpoint takes, with a trial forward where its model type is not a known one.
+
+    `like` is its footprint at another context, whose weights are the same.
 
     Raises:
         ConfigError: As `estimate_footprint`.
     """
     estimate = partial(
-        estimate_footprint, index, context_length=context, batch=batch, dtype=config.dtype, quantization=quantization
+        estimate_footprint,
+        index,
+        context_length=context,
+        batch=batch,
+        dtype=config.dtype,
+        quantization=quantization,
+        like=like,
     )
     estimated = estimate()
     if is_known(index) or not index.model_type:
@@ -219,19 +258,7 @@ def measure_footprint(
     return replace(estimated, notes=(*estimated.notes, f"no trial forward: {reason}"))
 
 
-def _contexts(config: ModelConfig, index: CheckpointIndex) -> Iterator[int]:
-    if config.context_length is not None:
-        yield config.context_length
-        return
-    context = default_context(index)
-    yield context
-    while (context := context // 2) >= SHORTEST_CONTEXT:
-        yield context
-
-
-def _plan(
-    config: ModelConfig, index: CheckpointIndex, machine: Machine, footprint: Footprint, notes: tuple[str, ...]
-) -> Plan:
+def _plan(config: ModelConfig, index: CheckpointIndex, machine: Machine, footprint: Footprint) -> Plan:
     request = read_request(config, machine, footprint)
     rungs = tuple(_ladder(config, footprint, request))
     start = next((i for i, rung in enumerate(rungs) if rung.fits), None)
@@ -240,7 +267,7 @@ def _plan(
         budgets = (*request.accelerators, request.cpu)
         raise refuse(measure_use(placements, footprint, budgets), _remedy(config, footprint, request))
     said = (*_not_followed(rungs[: start + 1], request), *_clamped(config, footprint.context_length))
-    notes = (*machine.notes, *request.notes, *footprint.notes, *notes, *said)
+    notes = (*machine.notes, *request.notes, *footprint.notes, *said)
     return Plan(index.name, footprint, request, rungs, start, notes)
 
 

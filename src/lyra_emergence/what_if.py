@@ -90,6 +90,7 @@ def what_if(
                 "context_length": context,
                 "load_in_8bit": quantization == "8bit",
                 "load_in_4bit": quantization == "4bit",
+                "allow_quantization": False,
             }
             try:
                 plan = make_plan(config.model_copy(update=changes), index, machine, batch=batch)

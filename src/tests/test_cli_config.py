@@ -106,6 +106,7 @@ gpu_layers_fallback          environment   8
 enable_progressive_fallback  default       true
 load_in_8bit                 default       false
 load_in_4bit                 default       false
+allow_quantization           default       false
 pipeline_kwargs.stop         file          ["\\n"]
 dtype                        default       null
 context_length               default       null

@@ -166,9 +166,10 @@ def _written_for_another_model(
         "max_memory": config.max_memory is not None,
         "load_in_8bit": config.load_in_8bit,
         "load_in_4bit": config.load_in_4bit,
+        "allow_quantization": config.allow_quantization,
     }
     ignored = [key for key, is_set in found.items() if is_set and origins.get(key) in NOT_NAMED]
-    changes: dict[str, Any] = {key: False if key.startswith("load_in") else None for key in ignored}
+    changes: dict[str, Any] = {key: False if getattr(config, key) is True else None for key in ignored}
     settings = dict(config.pipeline_kwargs or {})
     sampling = [key for key in _GENERATION if key in settings and origins.get(f"pipeline_kwargs.{key}") in NOT_NAMED]
     if sampling:

@@ -165,6 +165,7 @@ CHECKS: dict[str, Callable[[object, str, Problems], Any]] = {
     "enable_progressive_fallback": _check_boolean,
     "load_in_8bit": _check_boolean,
     "load_in_4bit": _check_boolean,
+    "allow_quantization": _check_boolean,
     "pipeline_kwargs": check_pipeline_kwargs,
     "dtype": _check_dtype,
     "context_length": _whole(1, 2048),

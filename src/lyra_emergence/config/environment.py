@@ -30,6 +30,7 @@ _BOOLEANS = (
     "enable_progressive_fallback",
     "load_in_8bit",
     "load_in_4bit",
+    "allow_quantization",
     "trust_remote_code",
 )
 _WHOLE_NUMBERS = ("gpu_layers_fallback", "context_length")

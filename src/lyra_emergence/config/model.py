@@ -113,6 +113,10 @@ class ModelConfig(BaseModel):
     )
     load_in_8bit: bool = Field(default=False, description="Quantize weights to 8 bits; not together with 4.")
     load_in_4bit: bool = Field(default=False, description="Quantize weights to 4 bits; not together with 8.")
+    allow_quantization: bool = Field(
+        default=False,
+        description="Quantize, to 8 bits and then to 4, where the model does not fit the fastest memory otherwise.",
+    )
     pipeline_kwargs: _PipelineKwargs = Field(default=None, description="Generation settings; null: their defaults.")
     dtype: _Dtype = Field(
         default=None,
