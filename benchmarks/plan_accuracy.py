@@ -4,13 +4,13 @@
     uv run python -m benchmarks.plan_accuracy --device cuda:0  # main memory, and a real GPU
     uv run python -m benchmarks.plan_accuracy --only llama --only gemma2
 
-Sixteen architectures of 40 to 200 million random weights, three loaded forms, three contexts. Each architecture and form has
-a process of its own. Every case loads, runs a prompt that fills the context but for 8 tokens, and those 8.
+Sixteen architectures of 40 to 200 million random weights, three loaded forms, three contexts. Each architecture and
+form has a process of its own. Every case loads, runs a prompt that fills the context but for 8 tokens, and those 8.
 
-Main memory is the growth of private pages (`RssAnon`) at its most, after the frameworks were warmed up: with the stored dtype
-it holds no weights, which are a map of the file. An accelerator's memory is its allocator's own count of tensors.
+Main memory is the growth of private pages (`RssAnon`) at its most, after the frameworks were warmed up: with the stored
+dtype it holds no weights, which are a map of the file. An accelerator's memory is its allocator's own count.
 
-Beside Lyra's prediction stands what transformers' automatic device map budgets for the same model (the weights), and what
+Beside it stands what transformers' automatic device map budgets for the same model (the weights), and what
 `accelerate estimate-memory` prints as its total for that dtype.
 """
 
@@ -20,11 +20,14 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import platformdirs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CONTEXTS = (512, 1536, 3072)
 FORMS: dict[str, dict[str, Any]] = {
@@ -46,44 +49,60 @@ _SHAPE: dict[str, Any] = {
 _GROUPED: dict[str, Any] = {**_SHAPE, "num_key_value_heads": 4}
 _HALF: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 512}
 _EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
+_GEMMA: dict[str, Any] = {
+    **_GROUPED,
+    **_HALF,
+    "head_dim": 64,
+    "query_pre_attn_scalar": 64,
+    "tie_word_embeddings": True,
+}
+_NAMED_AS_GPT2: dict[str, Any] = {"n_layer": 4, "n_head": 12, "vocab_size": 32000, "tie_word_embeddings": True}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 12,
+    "kv_lora_rank": 128,
+    "q_lora_rank": 192,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+}
+_ROUTED: dict[str, Any] = {
+    **_EXPERTS,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}
+_FOUR_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _GROUPED),
     "mistral": ("mistral", {**_GROUPED, "sliding_window": 512}),
     "qwen3": ("qwen3", {**_GROUPED, "head_dim": 64}),
     "phi3": ("phi3", _GROUPED),
-    "gemma2": ("gemma2", {**_GROUPED, **_HALF, "head_dim": 64, "query_pre_attn_scalar": 64, "tie_word_embeddings": True}),
-    "gemma3": (
-        "gemma3_text",
-        {**_GROUPED, **_HALF, "head_dim": 64, "query_pre_attn_scalar": 64, "tie_word_embeddings": True},
-    ),
-    "gpt2": (
-        "gpt2",
-        {"n_embd": 768, "n_layer": 4, "n_head": 12, "n_positions": 4096, "vocab_size": 32000, "tie_word_embeddings": True},
-    ),
+    "gemma2": ("gemma2", _GEMMA),
+    "gemma3": ("gemma3_text", _GEMMA),
+    "gpt2": ("gpt2", {**_NAMED_AS_GPT2, "n_embd": 768, "n_positions": 4096}),
     "gpt-neox": ("gpt_neox", _SHAPE),
     "opt": ("opt", {**_SHAPE, "ffn_dim": 3072, "word_embed_proj_dim": 768}),
-    "bloom": ("bloom", {"hidden_size": 768, "n_layer": 4, "n_head": 12, "vocab_size": 32000, "tie_word_embeddings": True}),
-    "mixtral": ("mixtral", {**_GROUPED, "num_local_experts": 4, "sliding_window": None}),
+    "bloom": ("bloom", {**_NAMED_AS_GPT2, "hidden_size": 768}),
+    "mixtral": ("mixtral", {**_GROUPED, **_FOUR_EXPERTS, "sliding_window": None}),
     "qwen3-moe": ("qwen3_moe", {**_GROUPED, **_EXPERTS, "head_dim": 64}),
-    "gpt-oss": (
-        "gpt_oss",
-        {**_GROUPED, **_HALF, "head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 768},
-    ),
-    "deepseek-v3": (
-        "deepseek_v3",
-        {
-            **_SHAPE, **_EXPERTS, "num_key_value_heads": 12, "kv_lora_rank": 128, "q_lora_rank": 192,
-            "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64, "n_routed_experts": 8, "n_group": 2,
-            "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
-        },
-    ),
+    "gpt-oss": ("gpt_oss", {**_GROUPED, **_HALF, **_FOUR_EXPERTS, "head_dim": 64, "intermediate_size": 768}),
+    "deepseek-v3": ("deepseek_v3", {**_SHAPE, **_LATENT, **_ROUTED}),
     "lfm2": ("lfm2", {**_GROUPED, "layer_types": ["conv", "full_attention"] * 2}),
     "mamba2": (
         "mamba2",
-        {"hidden_size": 768, "num_hidden_layers": 4, "num_heads": 32, "head_dim": 48, "state_size": 64, "n_groups": 1,
-         "vocab_size": 32000},
+        {
+            "hidden_size": 768,
+            "num_hidden_layers": 4,
+            "num_heads": 32,
+            "head_dim": 48,
+            "state_size": 64,
+            "n_groups": 1,
+            "vocab_size": 32000,
+        },
     ),
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -121,19 +140,14 @@ def run_cases(name: str, form: str, device: str) -> Iterator[dict[str, Any]]:
     """Yield what each context took, on the accelerator and in main memory."""
     directory = checkpoint(name)
     others = peers(directory, form)
-    for context in CONTEXTS:
-        yield from _case(name, form, context, "cpu", directory, others)
     # bitsandbytes packs on CUDA and on the CPU, and on no device that it does not know.
-    if device != "none" and not (device.startswith("sim") and form == "4bit"):
+    unpacked = device.startswith("sim") and form == "4bit"
+    for place in ("cpu", *([] if device == "none" or unpacked else [device])):
         for context in CONTEXTS:
-            yield from _case(name, form, context, device, directory, others)
+            yield {"architecture": name, **_case(directory, form, context, place), **others}
 
 
-def _case(
-    name: str, form: str, context: int, device: str, directory: Path, others: dict[str, int]
-) -> Iterator[dict[str, Any]]:
-    from contextlib import ExitStack
-
+def _case(directory: Path, form: str, context: int, device: str) -> dict[str, Any]:
     with ExitStack() as stack:
         if device.startswith("sim"):
             from src.tests import simulated_accelerator
@@ -143,8 +157,7 @@ def _case(
                 lent.set_cap(16 * 2**30, number)
         check = _checked(directory, form, context, device)
         used = next(found for found in check.devices if found.device == device)
-        yield {
-            "architecture": name,
+        return {
             "form": form,
             "context": context,
             "device": device,
@@ -155,7 +168,6 @@ def _case(
             "weights_measured": used.weights_measured,
             "mapped": used.mapped,
             "holds": used.holds,
-            **others,
         }
 
 
@@ -173,7 +185,7 @@ def _checked(directory: Path, form: str, context: int, device: str) -> Any:
 
 
 def peers(directory: Path, form: str) -> dict[str, int]:
-    """Return the bytes that transformers' automatic map and `accelerate estimate-memory` count for a checkpoint."""
+    """Return the bytes that transformers' automatic map and `accelerate estimate-memory` count."""
     import torch
     from accelerate.utils import calculate_maximum_sizes, compute_module_sizes
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -192,7 +204,7 @@ def peers(directory: Path, form: str) -> dict[str, int]:
 
 
 def _packed(model: Any) -> int:
-    """Return the bytes as transformers' bitsandbytes quantizer budgets them: half a byte a weight of each projection."""
+    """Return the bytes as transformers budgets packed projections: half a byte a weight."""
     import torch
     from accelerate.utils import compute_module_sizes
 
@@ -230,7 +242,7 @@ def _make(name: str, directory: Path) -> None:
 
 
 def table(cases: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield a Markdown table with a row for each architecture, device and form: the largest deviations of its contexts."""
+    """Yield a Markdown table: a row for each architecture, device and form, its contexts' figures in MiB."""
     yield "| architecture | device | form | measured | Lyra off | transformers off | accelerate off | holds |"
     yield "|---|---|---|---|---|---|---|---|"
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}

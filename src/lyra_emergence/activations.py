@@ -80,7 +80,7 @@ def estimate_activations(shape: ModelShape, context: int, batch: int, chunk: int
 def _in_a_pass(shape: ModelShape, tokens: int, context: int, batch: int) -> Activations:
     """Return an upper estimate for a pass of `tokens` tokens that are the last of `context`."""
     rows = tokens * batch
-    context = shape.reach(context, tokens)
+    narrow, context = shape.narrow(context, tokens), shape.reach(context, tokens)
     hidden = rows * shape.hidden * shape.itemsize
     logits = batch * shape.vocab * (shape.itemsize + _FLOAT32)
     head = 2 * hidden + max(logits, 2 * rows * shape.hidden * _FLOAT32)
@@ -91,7 +91,8 @@ def _in_a_pass(shape: ModelShape, tokens: int, context: int, batch: int) -> Acti
         _experts(shape, rows),
         3 * rows * shape.hidden * _FLOAT32,
     )
-    return Activations(embedding=2 * hidden, layer=_throughout(shape, tokens, context, batch) + in_layer, head=head)
+    throughout = _throughout(shape, tokens, context, batch) + batch * tokens * narrow * _BOOL
+    return Activations(embedding=2 * hidden, layer=throughout + in_layer, head=head)
 
 
 def _throughout(shape: ModelShape, tokens: int, context: int, batch: int) -> int:

@@ -47,6 +47,8 @@ FALLBACK_CONTEXT = 2048
 _NF4_BLOCK = 64
 """bitsandbytes keeps one float32 scale for every 64 weights in its 4-bit types."""
 _QUANT_CODE_BYTES = 16 * 4
+_PACKING_BYTES = 14
+"""For each element of a matrix while bitsandbytes packs it on the CPU: in float32, scaled, clamped, and as numbers."""
 _TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types whose projections are stored as (inputs, outputs)."""
 
@@ -70,6 +72,7 @@ class BlockFootprint:
         home: Bytes of main memory that the block's CPU form takes beside copies elsewhere, where it is no map of the
             file: experts stored one by one, which transformers merges into one tensor as it opens the checkpoint.
         home_is_copy: Whether on the CPU those very bytes are what `weights` counts; else they come on top.
+        active_share: Of the weights, the share that one token reads: a mixture reads the experts it chooses.
     """
 
     name: str
@@ -80,6 +83,7 @@ class BlockFootprint:
     mapped: bool
     home: int = 0
     home_is_copy: bool = True
+    active_share: float = 1.0
 
     @property
     def nbytes(self) -> int:
@@ -98,6 +102,8 @@ class Footprint:
         dtype: torch's name of the dtype that the model computes in.
         quantization: "8bit", "4bit" or None.
         activations: Bytes of temporaries on a device, by the parts of the model that run there.
+        packing: Bytes that packing a layer takes in main memory for a moment while it loads on the CPU.
+        heads_per_key: Query heads for each head of keys and values; None where config.json names none.
         notes: What the figures rest on where config.json did not say it all.
     """
 
@@ -107,6 +113,8 @@ class Footprint:
     dtype: str
     quantization: Quantization | None
     activations: Activations
+    packing: int = 0
+    heads_per_key: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -171,7 +179,8 @@ def estimate_footprint(
     name = compute_dtype(index, dtype)
     shape = ModelShape.read(index, itemsize=_TYPE_BITS[TORCH_DTYPES[name]] // 8)
     caches = trial.kv_cache if trial else ()
-    made = like.blocks if like else _weights(index, name, quantization)
+    active = shape.experts_per_token / shape.experts if shape.experts else 1.0
+    made = like.blocks if like else _weights(index, name, quantization, min(1.0, active))
     blocks = tuple(
         replace(loaded, kv_cache=_cache_bytes(block, caches, shape, context, batch))
         for block, loaded in zip(index.blocks, made, strict=True)
@@ -186,12 +195,16 @@ def estimate_footprint(
         dtype=name,
         quantization=quantization,
         activations=replace(activations, layer=activations.layer + workspace),
+        packing=_PACKING_BYTES * _largest_projection(index) if quantization else 0,
+        heads_per_key=shape.heads / shape.key_heads if shape.key_heads else None,
         notes=_notes(index, shape, trial),
     )
 
 
-def _weights(index: CheckpointIndex, dtype: str, quantization: Quantization | None) -> tuple[BlockFootprint, ...]:
-    """Return every block with its weights, and no cache."""
+def _weights(
+    index: CheckpointIndex, dtype: str, quantization: Quantization | None, active: float
+) -> tuple[BlockFootprint, ...]:
+    """Return every block with its weights, and no cache; `active` is the share of its experts that a token reads."""
     transposed = index.model_type in _TRANSPOSED
     return tuple(
         BlockFootprint(
@@ -206,9 +219,16 @@ def _weights(index: CheckpointIndex, dtype: str, quantization: Quantization | No
             mapped=_stays_mapped(index, block, dtype, quantization),
             home=sum(index.tensors[t].nbytes for t in block.tensors if _is_merged(t)),
             home_is_copy=TORCH_DTYPES[dtype] == index.dtype,
+            active_share=1 - (1 - active) * _expert_share(index, block),
         )
         for block in index.blocks
     )
+
+
+def _expert_share(index: CheckpointIndex, block: Block) -> float:
+    """Return the share of a block's stored bytes that are experts', whether one by one or fused."""
+    experts = sum(index.tensors[name].nbytes for name in block.tensors if ".experts." in name)
+    return experts / block.nbytes if experts else 0.0
 
 
 def is_known(index: CheckpointIndex) -> bool:
@@ -245,10 +265,21 @@ def _quantized_workspace(index: CheckpointIndex, quantization: Quantization | No
         if is_quantizable(tensor.name, tensor.shape)
     ]
     if quantization == "4bit":
-        return max((math.prod(shape) for shape in shapes), default=0) * itemsize
+        return _largest_projection(index) * itemsize
     if quantization == "8bit":
         return max((rows * (8 * outputs + (1 + itemsize) * inputs) for outputs, inputs in shapes), default=0)
     return 0
+
+
+def _largest_projection(index: CheckpointIndex) -> int:
+    """Return the elements of the largest matrix that packing takes at a time."""
+    sizes = (
+        math.prod(tensor.shape)
+        for layer in index.layers
+        for tensor in (index.tensors[name] for name in layer.tensors)
+        if is_quantizable(tensor.name, tensor.shape)
+    )
+    return max(sizes, default=0)
 
 
 def _checked_context(index: CheckpointIndex, wanted: int | None) -> int:

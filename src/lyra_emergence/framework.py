@@ -139,12 +139,13 @@ def measure_in_this_process() -> dict[str, object]:
     """Import the frameworks and run a model in this process, which should have done neither; return the figures."""
     import importlib.util
 
-    from lyra_emergence.runtime.warm_up import run_small_model
+    from lyra_emergence.runtime.warm_up import run_packed_projection, run_small_model
 
     gpus = run_small_model()
     main_memory = private_bytes()
     quantization = 0
     if importlib.util.find_spec("bitsandbytes") is not None:
-        importlib.import_module("bitsandbytes")
+        run_packed_projection("8bit")
+        run_packed_projection("4bit")
         quantization = max(0, private_bytes() - main_memory)
     return {"main_memory": main_memory, "quantization": quantization, "gpus": gpus, "measured": True}

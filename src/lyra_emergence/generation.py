@@ -8,6 +8,7 @@ generators may share one model from several threads: steps take turns.
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -15,6 +16,7 @@ import torch
 
 from lyra_emergence.errors import DoesNotFitError, GenerationError, is_out_of_memory, without_frames
 from lyra_emergence.footprint import PREFILL_CHUNK
+from lyra_emergence.runtime.memory import keep_freed_memory, return_freed_memory
 from lyra_emergence.runtime.stepping import caches_of, feeding_of
 from lyra_emergence.text_stream import StopScanner, TextDecoder
 
@@ -180,25 +182,25 @@ def _generate(loaded: LoadedModel, prompt: list[int], options: GenerationOptions
     decoder = TextDecoder(loaded.tokenizer, prompt)
     scanner = StopScanner(options.stop)
     chooser = _Chooser(prompt, options)
-    stepper = Stepper(loaded)
-    clock = time.perf_counter()
-    token = chooser.choose(stepper.prefill(prompt))
-    prefill_seconds, decode_seconds, count = time.perf_counter() - clock, 0.0, 1
-    while True:
-        text = "" if token in ends else scanner.push(decoder.push(token))
-        reason: FinishReason | None = "stop" if token in ends or scanner.found else None
-        if reason is None and count >= options.max_new_tokens:
-            reason = "length"
-        if reason is not None:
-            stats = GenerationStats(len(prompt), count, prefill_seconds, decode_seconds)
-            rest = "" if scanner.found else scanner.finish(decoder.finish())
-            yield Chunk(text + rest, (token,), reason, stats)
-            return
-        yield Chunk(text, (token,))
+    with closing(Stepper(loaded)) as stepper:
         clock = time.perf_counter()
-        token = chooser.choose(stepper.step(token))
-        decode_seconds += time.perf_counter() - clock
-        count += 1
+        token = chooser.choose(stepper.prefill(prompt))
+        prefill_seconds, decode_seconds, count = time.perf_counter() - clock, 0.0, 1
+        while True:
+            text = "" if token in ends else scanner.push(decoder.push(token))
+            reason: FinishReason | None = "stop" if token in ends or scanner.found else None
+            if reason is None and count >= options.max_new_tokens:
+                reason = "length"
+            if reason is not None:
+                stats = GenerationStats(len(prompt), count, prefill_seconds, decode_seconds)
+                rest = "" if scanner.found else scanner.finish(decoder.finish())
+                yield Chunk(text + rest, (token,), reason, stats)
+                return
+            yield Chunk(text, (token,))
+            clock = time.perf_counter()
+            token = chooser.choose(stepper.step(token))
+            decode_seconds += time.perf_counter() - clock
+            count += 1
 
 
 def _end_tokens(loaded: LoadedModel) -> frozenset[int]:
@@ -226,13 +228,20 @@ class Stepper:
 
     def prefill(self, ids: list[int]) -> torch.Tensor:
         """Run the prompt and return the last token's logits, (batch, vocab)."""
+        return_freed_memory()
         for start in range(0, len(ids), self._chunk):
             logits = self._run(ids[start : start + self._chunk])
+        keep_freed_memory()
         return logits
 
     def step(self, token: int) -> torch.Tensor:
         """Run one token and return its logits, (batch, vocab)."""
         return self._run([token])
+
+    def close(self) -> None:
+        """Drop the cache and return its memory."""
+        self._cache = {}
+        return_freed_memory()
 
     @torch.inference_mode()
     def _run(self, ids: list[int]) -> torch.Tensor:

@@ -45,7 +45,7 @@ class ModelShape:
         expert_width: Width of one expert's MLP.
         shared_width: Width of the MLP that every token goes through beside its experts.
         mlp_copies: Tensors of the MLP's width alive at once.
-        masks: Attention masks alive at once: a window's is made from two others.
+        masks: Attention masks of the widest layers alive at once: a window's is made from two others.
         queries_twice: Whether a second tensor of the queries' size lives beside them: the output of one projection for
             queries, keys and values, or the part of them that is turned by position.
         learned_positions: Whether positions are looked up in a table of their own.
@@ -78,6 +78,11 @@ class ModelShape:
     def reach(self, context: int, chunk: int) -> int:
         """Return the tokens that the widest layer's attention has behind and before it, of `context` at most."""
         return max((_kept(window, context, chunk) for window in self.windows), default=context)
+
+    def narrow(self, context: int, chunk: int) -> int:
+        """Return what `reach` returns for the narrowest layers, where not all layers are alike; else 0."""
+        reaches = {_kept(window, context, chunk) for window in self.windows}
+        return min(reaches) if len(set(self.windows)) > 1 else 0
 
     @classmethod
     def read(cls, index: CheckpointIndex, *, itemsize: int) -> ModelShape:
@@ -120,7 +125,7 @@ class ModelShape:
             expert_width=expert_width,
             shared_width=shared,
             mlp_copies=_mlp_copies(config, index),
-            masks=3 if any(windows) else 2 if config.get("model_type") in _SECOND_MASK else 1,
+            masks=2 if any(windows) or config.get("model_type") in _SECOND_MASK else 1,
             queries_twice=_turns_a_part(config)
             or not any(".q_proj." in name for layer in index.layers[:1] for name in layer.tensors),
             learned_positions=sum(block.kind == "embedding" for block in index.blocks) > 1,
@@ -134,13 +139,26 @@ class ModelShape:
         A sliding window keeps its last tokens as a view of what the last step made, so a chunk of prefill counts whole.
         """
         window = self.windows[layer] if layer < len(self.windows) else None
-        tokens = _kept(window, context, chunk)
+        tokens = _longest(window, context, chunk)
         width = self.latent or self.key_heads * (self.key_width + self.value_width)
         return self.caches * batch * tokens * width * self.itemsize
 
 
-def _kept(window: int | None, context: int, chunk: int) -> int:
-    return context if window is None else min(context, window - 1 + chunk)
+def _kept(window: int | None, context: int, tokens: int) -> int:
+    """Return the tokens in a layer's cache once the last `tokens` of `context` have run."""
+    return context if window is None else min(context, window - 1 + tokens)
+
+
+def _longest(window: int | None, context: int, chunk: int) -> int:
+    """Return the most tokens that a layer's cache holds while a prompt of any length up to `context` runs in chunks."""
+    if window is None:
+        return context
+    whole, rest = divmod(context, chunk)
+    passes = [(min(chunk, context), min(chunk, context)), *([(context, rest)] if rest else [])]
+    if whole > 1:
+        passes.append((whole * chunk, chunk))
+    # Single tokens come after the prompt: the window itself is full then.
+    return max(min(context, window), *(_kept(window, behind, tokens) for behind, tokens in passes))
 
 
 def _size(config: Mapping[str, Any], *keys: str) -> int | None:

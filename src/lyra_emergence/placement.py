@@ -299,13 +299,17 @@ def _use(device: str, placements: Sequence[Placement], footprint: Footprint, bud
     )
     blocks = {block.name: block for block in footprint.blocks}
     parts = {kind: True for kind in ("embedding", "layer", "head") if any(p.kind == kind for p in runs)}
+    kv_cache, activations = sum(p.kv_cache for p in runs), footprint.activations.of(**parts)
+    if device == CPU and "layer" in parts:
+        # Packing is over before there is a cache.
+        activations = max(activations, footprint.packing - kv_cache)
     return DeviceUse(
         device=device,
         limit=budget.limit if budget else 0,
         total=budget.total if budget else 0,
         weights=sum(p.weights for p in here) + (_homes(placements, blocks) if device == CPU else 0),
-        kv_cache=sum(p.kv_cache for p in runs),
-        activations=footprint.activations.of(**parts),
+        kv_cache=kv_cache,
+        activations=activations,
         reserved=budget.reserved if budget and runs else 0,
         layers=sum(p.kind == "layer" for p in here),
         mapped=sum(p.weights for p in here if device in (CPU, DISK) and blocks[p.block].mapped),

@@ -184,7 +184,7 @@ def make_plan(config: ModelConfig, index: CheckpointIndex, machine: Machine, *, 
         key = (attempt.context, attempt.quantization)
         if key not in footprints:
             like = next((made for (_, form), made in footprints.items() if form == attempt.quantization), None)
-            footprints[key] = measure_footprint(config, index, attempt.context, batch, attempt.quantization, like)
+            footprints[key] = measure_footprint(config, index, attempt.context, batch, attempt.quantization, like=like)
         try:
             plan = _plan(config, index, machine, footprints[key])
         except DoesNotFitError as error:
@@ -224,6 +224,7 @@ def measure_footprint(
     context: int,
     batch: int,
     quantization: Quantization | None,
+    *,
     like: Footprint | None = None,
 ) -> Footprint:
     """Return the bytes that a checkpoint takes, with a trial forward where its model type is not a known one.

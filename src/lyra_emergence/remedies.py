@@ -30,7 +30,7 @@ _PROMPT = 1024
 """Tokens of a prompt that a context shortened for speed has room for beside the longest answer."""
 
 Goal = Literal["fast", "memory", "any"]
-"""Where the weights must go: all on accelerators (in main memory where there are none), none left in the file, or any."""
+"""Where weights must go: all on accelerators (in main memory where there are none), none left in the file, or any."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -291,3 +291,37 @@ def test_what_if_says_where_nothing_fits(
     phi2(tmp_path / "phi-2")
     assert main(["plan", str(tmp_path / "phi-2"), "--gpu", "1GB", "--ram", "100MB", "--what-if"]) == 0
     assert "does not fit" in capsys.readouterr().out
+
+
+def test_speed_is_shown_where_the_machine_was_measured(
+    checkpoints: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    monkeypatch.chdir(home)
+    command = ["plan", "--model", str(checkpoints("mixtral"))]
+    assert main(command) == 0
+    assert "speed   not measured on this machine yet; lyra.py plan --measure" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["speed"] is None
+    assert main([*command, "--measure"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^speed   \d[\d.]* \(\d[\d.]* to \d[\d.]*\) tokens/s, prompt ", shown, re.MULTILINE)
+    assert re.search(r"^  a token reads .* on cpu at ", shown, re.MULTILINE)
+    assert main([*command, "--json"]) == 0
+    speed = json.loads(capsys.readouterr().out)["speed"]
+    band = speed["decode_tokens_per_second"]
+    assert 0 < band["low"] <= band["likely"] <= band["high"]
+    # Measured once: no GPU of the size given was.
+    assert main([*command, "--gpu", "24GB"]) == 0
+    assert "speed" not in capsys.readouterr().out
+
+
+def test_of_a_mixture_a_token_reads_the_experts_it_chooses(checkpoints: Callable[[str], Path]) -> None:
+    from lyra_emergence.footprint import estimate_footprint
+
+    index = read_checkpoint(checkpoints("mixtral"))
+    layer = next(block for block in estimate_footprint(index).blocks if block.kind == "layer")
+    experts = sum(index.tensors[name].nbytes for name in index.layers[0].tensors if ".experts." in name)
+    assert layer.active_share == pytest.approx(1 - experts / index.layers[0].nbytes / 2)
+    dense = estimate_footprint(read_checkpoint(checkpoints("llama")))
+    assert {block.active_share for block in dense.blocks} == {1.0}
+    assert dense.heads_per_key == 2

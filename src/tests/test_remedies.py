@@ -52,9 +52,7 @@ def what(made: Plan) -> tuple[str, int, str | None]:
 
 
 def test_the_order_of_attempts(seven_billion: CheckpointIndex) -> None:
-    tried = [
-        (a.goal, a.quantization, a.context) for a in attempts(ModelConfig(allow_quantization=True), seven_billion)
-    ]
+    tried = [(a.goal, a.quantization, a.context) for a in attempts(ModelConfig(allow_quantization=True), seven_billion)]
     speed, rest = tried[:9], tried[9:]
     assert speed == [("fast", form, n) for form in (None, "8bit", "4bit") for n in (8192, 4096, 2048)]
     assert rest[:2] == [("memory", "8bit", 8192), ("memory", "4bit", 8192)]

@@ -311,6 +311,9 @@ def plan_command(
     ] = None,
     what_if: Annotated[bool, typer.Option("--what-if", help="compare contexts and quantizations")] = False,
     check: Annotated[bool, typer.Option("--check", help="load and run it, and compare with what was planned")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="measure first how fast this machine is and what torch takes")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the plan as JSON")] = False,
     verbose: VerboseOption = False,
 ) -> int:
@@ -327,7 +330,7 @@ def plan_command(
         load_in_8bit=load_in_8bit,
         load_in_4bit=load_in_4bit,
     )
-    request = PlanRequest(explain, what_if, batch, tuple(gpu or ()), ram, check)
+    request = PlanRequest(explain, what_if, batch, tuple(gpu or ()), ram, check, measure)
     return run_plan(options, request, Console(verbose=verbose))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from lyra_emergence.cli.models import find_model
-from lyra_emergence.cli.progress import LoadProgress, working
+from lyra_emergence.cli.plan_view import band_text
+from lyra_emergence.cli.progress import LoadProgress
 from lyra_emergence.errors import ConfigError, ModelUnavailableError
 from lyra_emergence.units import format_bytes
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from lyra_emergence.cli.console import Console
     from lyra_emergence.cli.options import Options
     from lyra_emergence.cli.plan import PlanRequest
+    from lyra_emergence.speed import Speed
 
 __all__ = ["run_check"]
 
@@ -33,10 +36,9 @@ def run_check(options: Options, request: PlanRequest, console: Console) -> int:
     """
     from lyra_emergence.check import check_plan
     from lyra_emergence.checkpoint import read_checkpoint
-    from lyra_emergence.framework import framework_costs, measure_framework
+    from lyra_emergence.cli.plan import measure_machine, speed_of
     from lyra_emergence.machine import probe_machine
     from lyra_emergence.plan import make_plan
-    from lyra_emergence.speed import rates
 
     if request.gpus or request.ram is not None:
         raise ConfigError("'--check' runs the model, so it cannot plan for other hardware ('--gpu', '--ram')")
@@ -48,25 +50,23 @@ def run_check(options: Options, request: PlanRequest, console: Console) -> int:
         )
     for note in choice.notes:
         console.note(note)
-    if not framework_costs().measured:
-        with working(console, "measuring what Python and torch take, once for this machine"):
-            measure_framework()
+    measure_machine(console)
+    speed_machine = probe_machine(with_torch=False)
     machine = probe_machine(with_torch=True)
-    with working(console, "measuring how fast this machine is"):
-        rates(machine)
     plan = make_plan(choice.config, read_checkpoint(choice.directory), machine, batch=request.batch)
     for note in plan.notes:
         console.warning(note)
     with LoadProgress(console) as progress:
         check = check_plan(choice.config, choice.directory, plan, on_event=progress)
+    speed = speed_of(plan, speed_machine)
     if options.json:
-        console.print(json.dumps(check.to_json(), indent=2))
+        console.print(json.dumps(check.to_json() | {"speed": asdict(speed) if speed else None}, indent=2))
     else:
-        console.print("\n".join(_lines(check, choice.config.model_id)))
+        console.print("\n".join(_lines(check, choice.config.model_id, speed)))
     return 0 if check.holds else 1
 
 
-def _lines(check: PlanCheck, name: str) -> Iterator[str]:
+def _lines(check: PlanCheck, name: str, speed: Speed | None) -> Iterator[str]:
     ran = f"a prompt of {check.prompt_tokens} tokens and {check.new_tokens} after it"
     yield f"{name}: {ran}, on the rung '{check.rung}'"
     if check.rung != check.plan.rung.name:
@@ -81,7 +81,11 @@ def _lines(check: PlanCheck, name: str) -> Iterator[str]:
         yield f"beside these, {size} of weights are a map of the file, whose pages the kernel may take back"
     yield ""
     prefill = check.prompt_tokens / check.prefill_seconds
-    yield f"{check.tokens_per_second:.1f} tokens/s, prompt {prefill:.0f} tokens/s, loaded in {check.load_seconds:.1f} s"
+    decode, prompt = f"{check.tokens_per_second:.1f} tokens/s", f"prompt {prefill:.0f} tokens/s"
+    if speed is not None:
+        decode += f" ({band_text(speed.decode_tokens_per_second)} predicted)"
+        prompt += f" ({band_text(speed.prefill_tokens_per_second)} predicted)"
+    yield f"{decode}, {prompt}, loaded in {check.load_seconds:.1f} s"
 
 
 def _row(device: DeviceCheck) -> str:

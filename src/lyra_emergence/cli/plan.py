@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from lyra_emergence.cli.models import find_model
-from lyra_emergence.cli.plan_view import explain_block, render_plan
+from lyra_emergence.cli.plan_view import explain_block, render_plan, render_speed
 from lyra_emergence.cli.progress import working
 from lyra_emergence.errors import ConfigError
 from lyra_emergence.units import format_bytes
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from lyra_emergence.config import ModelConfig
     from lyra_emergence.machine import Machine
     from lyra_emergence.plan import Plan
+    from lyra_emergence.speed import Speed
     from lyra_emergence.what_if import Scenario
 
-__all__ = ["PlanRequest", "make_plan_for", "run_plan"]
+__all__ = ["PlanRequest", "make_plan_for", "measure_machine", "run_plan", "speed_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class PlanRequest:
         gpus: Sizes of GPUs to plan for in place of those here, as written: "24GB".
         ram: Size of main memory to plan for in place of what is here.
         check: Whether the plan is carried out and measured.
+        measure: Whether this machine is measured anew: what torch takes, and how fast it is.
     """
 
     explain: str | None = None
@@ -46,6 +48,7 @@ class PlanRequest:
     gpus: tuple[str, ...] = ()
     ram: str | None = None
     check: bool = False
+    measure: bool = False
 
     def machine(self) -> Machine:
         """Return the machine to plan for.
@@ -83,6 +86,8 @@ def run_plan(options: Options, request: PlanRequest, console: Console) -> int:
         from lyra_emergence.cli.check import run_check
 
         return run_check(options, request, console)
+    if request.measure:
+        measure_machine(console, fresh=True)
     machine = request.machine()
     with working(console, "reading the plan"):
         choice = find_model(options.resolve())
@@ -102,13 +107,42 @@ def run_plan(options: Options, request: PlanRequest, console: Console) -> int:
     plan = make_plan(choice.config, index, machine, batch=request.batch)
     for note in plan.notes:
         console.warning(note)
+    speed = speed_of(plan, machine)
     if options.json:
-        console.print(json.dumps(plan.to_json(), indent=2))
+        console.print(json.dumps(plan.to_json() | {"speed": asdict(speed) if speed else None}, indent=2))
     elif request.explain is not None:
         console.print(explain_block(plan, request.explain))
     else:
         console.print("\n".join(render_plan(plan, choice.config.model_id, console)))
+        imagined = bool(request.gpus) or request.ram is not None
+        console.print("\n".join(render_speed(speed, console, known=imagined)))
     return 0
+
+
+def speed_of(plan: Plan, machine: Machine) -> Speed | None:
+    """Return how fast a plan will run; None where this machine, or a device of the plan, was not measured."""
+    from lyra_emergence.speed import cached_rates, predict
+
+    rates = cached_rates(machine)
+    if rates is None:
+        return None
+    footprint = plan.footprint
+    shares = {block.name: block.active_share for block in footprint.blocks}
+    return predict(footprint, plan.placements, rates, active_share=shares, heads_per_key=footprint.heads_per_key)
+
+
+def measure_machine(console: Console, *, fresh: bool = False) -> None:
+    """Measure what Python and torch take and how fast this machine is, where it was not yet, or `fresh`."""
+    from lyra_emergence.framework import framework_costs, measure_framework
+    from lyra_emergence.machine import probe_machine
+    from lyra_emergence.speed import rates
+
+    if fresh or not framework_costs().measured:
+        with working(console, "measuring what Python and torch take, once for this machine"):
+            measure_framework()
+    with working(console, "measuring how fast this machine is"):
+        # As planning will name the devices, which it does without torch.
+        rates(probe_machine(), fresh=fresh)
 
 
 def _size(written: str, option: str) -> int:

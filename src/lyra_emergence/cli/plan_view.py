@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
     from lyra_emergence.cli.console import Console, Style
     from lyra_emergence.plan import DeviceUse, Placement, Plan
+    from lyra_emergence.speed import Band, Speed
 
-__all__ = ["explain_block", "render_plan", "summary"]
+__all__ = ["band_text", "explain_block", "render_plan", "render_speed", "summary"]
 
 _FILLS: Final = ("█", "▓", "▒", "░", "·")
 _ASCII_FILLS: Final = ("#", "=", "~", ":", ".")
@@ -25,6 +26,7 @@ _NARROWEST_BAR: Final = 10
 _WIDEST_BAR: Final = 60
 _LONGEST_FIGURES: Final = len("9.99 GB of 9.99 GB")
 _INDENT: Final = "  "
+_TWO_DIGITS: Final = 10
 
 
 def summary(plan: Plan, name: str) -> str:
@@ -61,6 +63,29 @@ def render_plan(plan: Plan, name: str, console: Console) -> Iterator[str]:
     yield from _strip(plan, console)
     yield ""
     yield from _ladder(plan, console)
+
+
+def render_speed(speed: Speed | None, console: Console, *, known: bool = False) -> Iterator[str]:
+    """Yield the lines that show a plan's speed; `known` says that it cannot be had by measuring this machine."""
+    if speed is None:
+        if not known:
+            yield ""
+            yield "speed   not measured on this machine yet; lyra.py plan --measure does it in half a minute"
+        return
+    decode, prefill = band_text(speed.decode_tokens_per_second), band_text(speed.prefill_tokens_per_second)
+    yield ""
+    yield f"speed   {decode} tokens/s, prompt {prefill} tokens/s"
+    yield from _hanging(_INDENT, len(_INDENT), speed.rests_on, console.width)
+
+
+def band_text(band: Band) -> str:
+    """Return a band as "21 (13 to 34)"."""
+    low, likely, high = (f"{figure:.2g}" if figure < _TWO_DIGITS else f"{figure:.0f}" for figure in _figures(band))
+    return f"{likely} ({low} to {high})"
+
+
+def _figures(band: Band) -> tuple[float, float, float]:
+    return band.low, band.likely, band.high
 
 
 def _header(plan: Plan, name: str, console: Console) -> Iterator[str]:

@@ -5,16 +5,27 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from functools import cache
 from typing import Any
 
 import torch
 
 from lyra_emergence.machine import probe_machine
 
-__all__ = ["allocated_bytes", "free_bytes", "give_back", "peak_bytes", "reset_peak", "return_freed_memory"]
+__all__ = [
+    "allocated_bytes",
+    "free_bytes",
+    "give_back",
+    "keep_freed_memory",
+    "peak_bytes",
+    "reset_peak",
+    "return_freed_memory",
+]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 _MAPPED_FROM = 256 * 1024
+_MOST_MAPPED_FROM = 32 * 2**20
+"""glibc accepts no more."""
 _TRIMMED_FROM = 2**20
 
 
@@ -56,15 +67,33 @@ def give_back() -> None:
 
 
 def return_freed_memory() -> None:
-    """Let glibc's allocator return what torch frees on the CPU to the system at once.
+    """Let glibc's allocator return what torch frees on the CPU to the system at once, and return what it has kept.
 
     Left alone, it raises its threshold for separate maps to 32 MB as soon as a large tensor is freed. From then on
     temporaries of a prompt land in a heap that is never whole again: a prompt of 2,048 tokens took 1.8 times the memory
     of its tensors, and kept half of it (docs/decisions.md has the figures). Does nothing under other C libraries.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    _set_allocator(_MAPPED_FROM, _TRIMMED_FROM)
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's allocator keep what is freed, for single tokens: each makes the caches anew, a token longer.
+
+    Fresh pages for them would cost as much time as attention itself.
+    """
+    _set_allocator(_MOST_MAPPED_FROM, 2 * _MOST_MAPPED_FROM)
+
+
+def _set_allocator(mapped_from: int, trimmed_from: int) -> None:
+    mallopt = getattr(_c_library(), "mallopt", None)
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _MAPPED_FROM)
-        mallopt(_TRIM_THRESHOLD, _TRIMMED_FROM)
+        mallopt(_MMAP_THRESHOLD, mapped_from)
+        mallopt(_TRIM_THRESHOLD, trimmed_from)
+
+
+@cache
+def _c_library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform.startswith("linux") else None

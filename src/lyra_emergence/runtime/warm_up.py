@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lyra_emergence.runtime.memory import give_back, return_freed_memory
 
-__all__ = ["run_small_model"]
+if TYPE_CHECKING:
+    from lyra_emergence.footprint import Quantization
+
+__all__ = ["run_packed_projection", "run_small_model"]
 
 _SHAPE: dict[str, Any] = {
     "hidden_size": 512,
@@ -38,6 +41,19 @@ def run_small_model() -> dict[str, int]:
         if before is not None:
             gpus[device] = max(0, before - torch.cuda.mem_get_info(number)[0])
     return gpus
+
+
+def run_packed_projection(quantization: Quantization) -> None:
+    """Run a projection packed by bitsandbytes on the CPU, for many rows and for one: each loads kernels of its own."""
+    from lyra_emergence.runtime.blocks import LoadedForm
+    from lyra_emergence.runtime.quantized import quantized_module
+
+    width = _SHAPE["hidden_size"]
+    home = torch.nn.Linear(width, width, bias=False, dtype=torch.bfloat16)
+    packed = quantized_module(home, LoadedForm(torch.bfloat16, torch.bfloat16, quantization), "cpu")
+    with torch.inference_mode():
+        for rows in (_PROMPT, 1):
+            packed(torch.zeros(1, rows, width, dtype=torch.bfloat16))
 
 
 def _free_by_driver(number: int) -> int | None:
