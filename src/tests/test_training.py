@@ -20,6 +20,7 @@ from lyra_emergence.generation import GenerationStats
 from training.answers import ABSENT, cite, dated, second_person
 from training.curriculum import LAST, Examples
 from training.evaluate import FOLDER, SETS, Case, Outcome, cases_of, summarize
+from training.growth import deepened, layer_count
 from training.model import MasterWeights, build
 from training.scenes import scenes, tell
 from training.stages import STAGES
@@ -228,3 +229,22 @@ def test_a_run_can_begin_with_an_exported_model(tmp_path: Path) -> None:
     train(tmp_path, 2, "--start", str(bundled_directory()))
     assert [line["stage"] for line in curve(tmp_path)] == [LAST, LAST]
     assert curve(tmp_path)[0]["loss"] < 2, "a model that has learned"
+
+
+def test_a_deeper_model_begins_where_the_trained_one_stands() -> None:
+    torch.manual_seed(0)
+    small = build(64, 0, 1, 2, layers=3).eval()
+    ids = torch.randint(0, 64, (2, 9))
+    for layers in (3, 4, 5, 6):
+        deep = build(64, 0, 1, 2, layers=layers).eval()
+        deep.load_state_dict(deepened(small.state_dict(), layers))
+        with torch.inference_mode():
+            assert torch.equal(deep(ids).logits, small(ids).logits)
+        assert layer_count(deep.state_dict()) == layers
+    # A copy has all but its output, so that it learns at once.
+    grown = deepened(small.state_dict(), 4)
+    assert torch.equal(grown["model.layers.1.mlp.up_proj.weight"], grown["model.layers.2.mlp.up_proj.weight"])
+    assert not grown["model.layers.2.mlp.down_proj.weight"].any()
+    for wrong in (2, 7):
+        with pytest.raises(ValueError, match="a model of 3 layers cannot become one of"):
+            deepened(small.state_dict(), wrong)
