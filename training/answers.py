@@ -16,6 +16,7 @@ THANKS = "You are welcome."
 GOODBYE = "Goodbye."
 _PRONOUNS = dict(pair.split(":") for pair in words.VALUES["second_person"])
 _WORD = re.compile(r"[A-Za-z]+(?:['\u2019][a-z]+)?")
+_RUN = re.compile(r"(((?:\b\w+\b|[^\w\s])[ ,]*)\2\2)\2+")
 _LOWERED = frozenset(("You", "Your", "The", "A", "An", "In", "At", "On", "It", "There", "This", "That"))
 
 
@@ -54,8 +55,16 @@ def _rewrite(text: str) -> str:
 
 
 def said(sentence: str) -> str:
-    """Returns the sentence in the second person with one full stop at its end."""
-    return f"{second_person(sentence).rstrip().rstrip('.!?…')}."
+    """Returns the sentence in the second person with one full stop at its end, and no run of more than three."""
+    return f"{second_person(collapsed(sentence)).rstrip().rstrip('.!?…')}."
+
+
+def collapsed(sentence: str) -> str:
+    """Returns the sentence with a word or sign that stands more than three times in a row standing three times.
+
+    A model that copies does not count: it would go on with a long run until it is stopped.
+    """
+    return _RUN.sub(r"\1", sentence)
 
 
 def cite(sentence: str, number: int) -> str:

@@ -17,6 +17,7 @@ _STOP = frozenset(words.VALUES["stop_word"])
 _POOL = 240
 _LOOKED_AT = 40
 _LABEL = 30
+_SIGNS = ("!", "?", "🎉", "❤", "😂", "-", "*", "ha")
 _JOINTS = ("; ", ", and ", " - ", ", but ", ": ", ", so ")
 _SUMMARIES = words.VALUES["summary_question"]
 _LATER = words.VALUES["later_question"]
@@ -85,6 +86,8 @@ class Recall:
         rng = self._rng
         asked = _asked(_slice(told, rng.randint(*stage.events), rng), rng)
         if asked is None or rng.random() >= stage.absent:
+            if asked and rng.random() < stage.runs:
+                asked = _with_a_run(asked, rng)
             return self._present(told, asked, stage) if asked else self._plain(told, replace(stage, events=(9, 9)))
         draw = rng.random()
         if draw < 0.65 and told.absent:
@@ -227,6 +230,20 @@ def _asked(lines: tuple[Line, ...], rng: random.Random) -> _Asked | None:
     elif question.startswith(("Did I ", "Did we ")) and rng.random() < 0.3:
         return _Asked("When d" + question[1:], lines, at, dated=True)
     return _Asked(question, lines, at)
+
+
+def _with_a_run(asked: _Asked, rng: random.Random) -> _Asked:
+    """Returns the question with a sentence to answer it in which a word or a sign stands many times in a row."""
+    line, count = asked.lines[asked.at], rng.randint(4, 60)
+    words_of = line.text.split()
+    if rng.random() < 0.3:
+        text = f"{line.text.rstrip('.!?')} {rng.choice(_SIGNS) * count}"
+    else:
+        at = rng.randrange(len(words_of))
+        word = rng.choice(("very", "so", "ha", "no", "again", "and on", words_of[at].strip(".,;:!?").lower() or "so"))
+        text = " ".join((*words_of[:at], *[word] * count, *words_of[at:]))
+    lines = (*asked.lines[: asked.at], replace(line, text=text), *asked.lines[asked.at + 1 :])
+    return replace(asked, lines=lines)
 
 
 def _slice(told: Told, size: int, rng: random.Random) -> tuple[Line, ...]:

@@ -16,6 +16,7 @@ class Stage:
         plain: Of the grammar's prompts, those of short sentences only.
         scenes: Prompts whose question comes from a scene and not from the grammar.
         foreign: Prompts in other scripts than the Latin one.
+        runs: Of the scenes' prompts with an answer, those in which it repeats a word many times.
         odd: Of the scenes' prompts, summaries, follow-up questions and questions by a word or a title.
     """
 
@@ -28,6 +29,7 @@ class Stage:
     scenes: float = 0.6
     foreign: float = 0.0
     odd: float = 0.0
+    runs: float = 0.0
 
 
 # In the stages of short sentences, choosing, the weak half, is most of the loss.
@@ -37,5 +39,5 @@ STAGES = (
     Stage((1, 2), (1, 3), 0.0, 0.05, 0.02, plain=1.0),
     Stage((1, 3), (1, 3), 0.1, 0.15, 0.02, plain=0.8),
     Stage((1, 3), (1, 4), 0.2, 0.2, 0.04, plain=0.4, odd=0.1),
-    Stage((1, 4), (1, 5), 0.3, 0.33, 0.04, plain=0.2, scenes=0.88, foreign=0.04, odd=0.2),
+    Stage((1, 4), (1, 5), 0.3, 0.33, 0.04, plain=0.2, scenes=0.88, foreign=0.04, odd=0.2, runs=0.03),
 )

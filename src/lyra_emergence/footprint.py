@@ -206,6 +206,7 @@ def _weights(
 ) -> tuple[BlockFootprint, ...]:
     """Return every block with its weights, and no cache; `active` is the share of its experts that a token reads."""
     transposed = index.model_type in _TRANSPOSED
+    as_stored = TORCH_DTYPES[dtype] == index.dtype
     return tuple(
         BlockFootprint(
             name=block.name,
@@ -218,7 +219,7 @@ def _weights(
             kv_cache=0,
             mapped=_stays_mapped(index, block, dtype, quantization),
             home=sum(index.tensors[t].nbytes for t in block.tensors if _is_merged(t)),
-            home_is_copy=TORCH_DTYPES[dtype] == index.dtype,
+            home_is_copy=as_stored,
             active_share=1 - (1 - active) * _expert_share(index, block),
         )
         for block in index.blocks

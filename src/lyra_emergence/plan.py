@@ -391,7 +391,8 @@ def _remedy(config: ModelConfig, footprint: Footprint, request: Request) -> str:
     in_memory = not all(block.mapped for block in footprint.blocks) or request.whole_on is not None
     if in_memory and footprint.quantization != "4bit":
         tries.append('"load_in_4bit": true')
-    if in_memory and footprint.quantization is None and request.whole_on is None:
+    converted = not all(block.home_is_copy for block in footprint.blocks)
+    if converted and footprint.quantization is None and request.whole_on is None:
         tries.append("the checkpoint's own dtype, which can stay on disk")
     if config.max_memory:
         tries.append('a larger "max_memory"')

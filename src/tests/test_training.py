@@ -17,7 +17,7 @@ import torch
 from lyra_emergence.bundled import bundled_directory
 from lyra_emergence.chat import Answer, Source
 from lyra_emergence.generation import GenerationStats
-from training.answers import ABSENT, cite, dated, second_person
+from training.answers import ABSENT, cite, collapsed, dated, second_person
 from training.curriculum import LAST, Examples
 from training.evaluate import FOLDER, SETS, Case, Outcome, cases_of, summarize
 from training.growth import deepened, layer_count
@@ -248,3 +248,17 @@ def test_a_deeper_model_begins_where_the_trained_one_stands() -> None:
     for wrong in (2, 7):
         with pytest.raises(ValueError, match="a model of 3 layers cannot become one of"):
             deepened(small.state_dict(), wrong)
+
+
+@pytest.mark.parametrize(
+    ("diary", "shown"),
+    [
+        ("A very very very very very long day.", "A very very very long day."),
+        ("Party 🎉🎉🎉🎉🎉!", "Party 🎉🎉🎉!"),
+        ("Oh, no, no, no, no, no, way.", "Oh, no, no, no, way."),
+        ("So so so good!!!", "So so so good!!!"),
+        ("Room 10000, twice twice.", "Room 10000, twice twice."),
+    ],
+)
+def test_a_long_run_of_one_word_is_said_three_times(diary: str, shown: str) -> None:
+    assert collapsed(diary) == shown
