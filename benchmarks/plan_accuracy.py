@@ -110,23 +110,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="sim:0", help="the accelerator: sim:0 (simulated), cuda:0, or none")
     parser.add_argument("--only", action="append", choices=list(ARCHITECTURES), help="repeatable")
+    parser.add_argument("--context", action="append", type=int, help="instead of the three; repeatable")
     parser.add_argument("--json", type=Path, help="write every case here")
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        print(json.dumps(list(run_cases(*arguments.case, arguments.device))))
+        contexts = tuple(arguments.context or CONTEXTS)
+        print(json.dumps(list(run_cases(*arguments.case, arguments.device, contexts))))
         return
     found: list[dict[str, Any]] = []
     for name in arguments.only or ARCHITECTURES:
         for form in FORMS:
-            found += _in_process(name, form, arguments.device)
+            found += _in_process(name, form, arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(found)))
 
 
-def _in_process(name: str, form: str, device: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "benchmarks.plan_accuracy", "--device", device, "--case", name, form]
+def _in_process(name: str, form: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "benchmarks.plan_accuracy", "--device", arguments.device, "--case", name, form]
+    command += [part for context in arguments.context or () for part in ("--context", str(context))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} {form} failed:\n{done.stderr}")
@@ -136,14 +139,14 @@ def _in_process(name: str, form: str, device: str) -> list[dict[str, Any]]:
     return cases
 
 
-def run_cases(name: str, form: str, device: str) -> Iterator[dict[str, Any]]:
+def run_cases(name: str, form: str, device: str, contexts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """Yield what each context took, on the accelerator and in main memory."""
     directory = checkpoint(name)
     others = peers(directory, form)
     # bitsandbytes packs on CUDA and on the CPU, and on no device that it does not know.
     unpacked = device.startswith("sim") and form == "4bit"
     for place in ("cpu", *([] if device == "none" or unpacked else [device])):
-        for context in CONTEXTS:
+        for context in contexts:
             yield {"architecture": name, **_case(directory, form, context, place), **others}
 
 

@@ -48,17 +48,22 @@ class Activations:
 
     Attributes:
         embedding: Where the embeddings are looked up.
-        layer: Where a layer runs.
+        layer: Where a layer runs, once the caches are full.
         head: Where the last norm and the head run.
+        earlier: Where a layer runs, in the last whole chunk of a prompt that leaves a shorter one behind it.
+        filled: How full the caches are then, as a share of what they hold at their most.
     """
 
     embedding: int
     layer: int
     head: int
+    earlier: int = 0
+    filled: float = 1.0
 
-    def of(self, *, embedding: bool = False, layer: bool = False, head: bool = False) -> int:
-        """Return the bytes on a device that runs the parts named."""
-        return max(self.embedding * embedding, self.layer * layer, self.head * head)
+    def of(self, *, embedding: bool = False, layer: bool = False, head: bool = False, kv_cache: int = 0) -> int:
+        """Return the bytes on a device that runs the parts named and holds `kv_cache` bytes of full caches."""
+        in_layer = max(self.layer, self.earlier - int((1 - self.filled) * kv_cache))
+        return max(self.embedding * embedding, in_layer * layer, self.head * head)
 
 
 def estimate_activations(shape: ModelShape, context: int, batch: int, chunk: int) -> Activations:
@@ -67,13 +72,16 @@ def estimate_activations(shape: ModelShape, context: int, batch: int, chunk: int
     A prompt runs in chunks of `chunk` tokens from its beginning, so that the fullest moment is that of the last whole
     chunk in the context, or of what is left behind it with all of the context in view.
     """
-    whole = context // chunk * chunk
-    passes = [(min(chunk, context), whole or context), (context - whole, context)]
-    peaks = [_in_a_pass(shape, tokens, behind, batch) for tokens, behind in passes if tokens]
+    whole, rest = context // chunk * chunk, context % chunk
+    if not whole or not rest:
+        return _in_a_pass(shape, min(chunk, context), context, batch)
+    earlier, last = _in_a_pass(shape, chunk, whole, batch), _in_a_pass(shape, rest, context, batch)
     return Activations(
-        embedding=max(peak.embedding for peak in peaks),
-        layer=max(peak.layer for peak in peaks),
-        head=max(peak.head for peak in peaks),
+        embedding=max(earlier.embedding, last.embedding),
+        layer=last.layer,
+        head=max(earlier.head, last.head),
+        earlier=earlier.layer,
+        filled=shape.filled(whole, context, chunk),
     )
 
 

@@ -79,6 +79,11 @@ class ModelShape:
         """Return the tokens that the widest layer's attention has behind and before it, of `context` at most."""
         return max((_kept(window, context, chunk) for window in self.windows), default=context)
 
+    def filled(self, whole: int, context: int, chunk: int) -> float:
+        """Return how full the fullest layer's cache is after `whole` tokens, as a share of its most in `context`."""
+        windows = self.windows or (None,)
+        return max(_longest(window, whole, chunk) / _longest(window, context, chunk) for window in windows)
+
     def narrow(self, context: int, chunk: int) -> int:
         """Return what `reach` returns for the narrowest layers, where not all layers are alike; else 0."""
         reaches = {_kept(window, context, chunk) for window in self.windows}

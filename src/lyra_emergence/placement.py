@@ -243,6 +243,7 @@ class _Filler:
         return frozenset(parts | ({"head"} if block.name in self._logits else set()))
 
     def _busy(self, parts: frozenset[str]) -> int:
+        # As if no cache were there yet to be filled: how much of it comes here is not known before the end.
         return self._footprint.activations.of(**dict.fromkeys(parts, True))
 
     def _take(self, block: BlockFootprint, device: str, reason: str) -> None:
@@ -299,7 +300,8 @@ def _use(device: str, placements: Sequence[Placement], footprint: Footprint, bud
     )
     blocks = {block.name: block for block in footprint.blocks}
     parts = {kind: True for kind in ("embedding", "layer", "head") if any(p.kind == kind for p in runs)}
-    kv_cache, activations = sum(p.kv_cache for p in runs), footprint.activations.of(**parts)
+    kv_cache = sum(p.kv_cache for p in runs)
+    activations = footprint.activations.of(**parts, kv_cache=kv_cache)
     if device == CPU and "layer" in parts:
         # Packing is over before there is a cache.
         activations = max(activations, footprint.packing - kv_cache)

@@ -335,7 +335,7 @@ def _forced(footprint: Footprint, request: Request) -> tuple[Placement, ...]:
 
 
 def _whole_model_shortfall(footprint: Footprint, request: Request) -> str:
-    busy = footprint.activations.layer * len(request.accelerators)
+    busy = footprint.activations.of(layer=True, kv_cache=footprint.kv_cache) * len(request.accelerators)
     needed = footprint.weights + footprint.kv_cache + busy + sum(b.reserved for b in request.accelerators)
     limit = sum(b.limit for b in request.accelerators)
     names = " and ".join(b.device for b in request.accelerators)

@@ -110,7 +110,8 @@ def test_formulas_bound_a_trial_forward_closely(model_type: str, context: int, t
         # A sliding layer is longest after the prompt, whose last tokens are single ones in the trial.
         caches = [b.kv_cache for b in made.blocks if b.kind == "layer"]
         assert caches == pytest.approx(trial.kv_cache, rel=0 if model_type not in _SLIDING else 0.005)
-        assert 0.995 * trial.activations.layer <= made.activations.layer <= 1.5 * trial.activations.layer
+        planned, taken = (one.of(layer=True, kv_cache=made.kv_cache) for one in (made.activations, trial.activations))
+        assert 0.995 * taken <= planned <= 1.5 * taken
         assert made.activations.head >= trial.activations.head
 
 
@@ -154,7 +155,9 @@ def test_the_trial_counts_what_the_device_counts(checkpoints: Callable[[str], Pa
     stepper.prefill([5] * 254)
     peak = peak_bytes("sim:0")
     assert peak is not None
-    assert peak - before == pytest.approx(sum(trial.kv_cache) + trial.activations.layer, rel=0.02)
+    assert peak - before == pytest.approx(
+        sum(trial.kv_cache) + trial.activations.of(layer=True, kv_cache=sum(trial.kv_cache)), rel=0.02
+    )
     del stepper
     loaded.close()
 
@@ -187,7 +190,7 @@ def test_recurrent_states_are_counted(tmp_path: Path) -> None:
     longer, _ = find_trial(index, context=1024, batch=1, dtype="bfloat16", chunk=PREFILL_CHUNK)
     assert longer is not None
     assert longer.kv_cache == trial.kv_cache
-    assert longer.activations.layer > 1.9 * trial.activations.layer  # the whole prompt at once
+    assert longer.activations.of(layer=True) > 1.9 * trial.activations.of(layer=True)  # the whole prompt at once
 
 
 def test_a_plan_of_an_unknown_type_rests_on_a_trial_and_says_so(tmp_path: Path) -> None:
@@ -215,7 +218,7 @@ def test_results_are_kept_and_a_damaged_file_is_replaced(
     with pytest.raises(AssertionError, match="run again"):
         find_trial(index, context=301, batch=1, dtype="bfloat16", chunk=PREFILL_CHUNK)
     monkeypatch.undo()
-    for damage in ("", "{", "[]", '{"format": "lyra.trials/1", "trials": {"a": 1}}'):
+    for damage in ("", "{", "[]", '{"format": "lyra.trials/2", "trials": {"a": 1}}'):
         kept.write_text(damage)
         assert find_trial(index, context=300, batch=1, dtype="bfloat16", chunk=PREFILL_CHUNK) == (trial, "")
     assert json.loads(kept.read_text())["trials"]

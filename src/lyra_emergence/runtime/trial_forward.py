@@ -163,15 +163,16 @@ def _count(model: Any, context: int, batch: int, chunk: int) -> Trial:
     live = LiveBytes([*model.parameters(), *model.buffers()])
     caches: dict[str, Any] = {}
     layers: list[int] = []
-    peak = logits = 0
+    passes: list[tuple[int, int]] = []
+    logits = 0
     with torch.inference_mode(), _FusedAttention(), live:
         for tokens, counted in _steps(context, feeding):
             live.peak = live.now
             caches, logits = _step(model, feeding, caches, (batch, tokens))
             if not counted:
                 continue
-            peak = max(peak, live.peak)
             sizes = _cache_sizes(caches)
+            passes.append((live.peak, sum(sizes)))
             layers = [max(pair) for pair in zip(layers, sizes, strict=True)] if layers else sizes
     stored = model.state_dict()
     tables = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in stored)
@@ -179,9 +180,18 @@ def _count(model: Any, context: int, batch: int, chunk: int) -> Trial:
     rows = batch * min(context, feeding.chunk or context)
     hidden = rows * int(getattr(config, "hidden_size", 0)) * model.dtype.itemsize
     head = 2 * hidden + max(logits, 2 * hidden * _FLOAT32 // model.dtype.itemsize)
+    full = sum(layers)
+    (earlier, held), *later = passes
+    filled = min(1.0, held / full) if full else 1.0
     return Trial(
         kv_cache=_by_layer(layers, int(getattr(config, "num_hidden_layers", len(layers)))),
-        activations=Activations(embedding=2 * hidden, layer=max(0, peak - sum(layers)) + tables, head=head),
+        activations=Activations(
+            embedding=2 * hidden,
+            layer=max(0, *(peak - full for peak, _ in later)) + tables,
+            head=head,
+            earlier=max(0, earlier - held) + tables,
+            filled=filled,
+        ),
     )
 
 
