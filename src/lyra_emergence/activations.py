@@ -117,9 +117,9 @@ def _attention(shape: ModelShape, tokens: int, context: int, batch: int) -> int:
     """Queries, repeated keys and values, the mask in the model's dtype, the output, a fused projection."""
     rows, masked = tokens * batch, _is_masked(shape, tokens, context)
     queries = rows * shape.heads * (shape.key_width + shape.value_width)
+    # New keys and values are in the cache by then, unless they share a tensor with the queries or are turned in parts.
     new = rows * shape.key_heads * (shape.key_width + shape.value_width)
-    # As projected, and turned by their positions.
-    projected = 2 * new + rows * shape.heads * shape.key_width if shape.queries_twice or shape.latent else 2 * new
+    projected = 2 * new + rows * shape.heads * shape.key_width if shape.queries_twice or shape.latent else 0
     repeated = 0
     if shape.latent:
         # Expanded from the latent for every head, and the keys once more, joined with their rotary part.

@@ -15,6 +15,7 @@ __all__ = ["ModelShape"]
 
 _SECOND_MASK = frozenset({"qwen2_moe"})
 """Types of transformers 5.23 that combine two masks into a third though none of their layers slides."""
+_MLP_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _ROTARY_SHARES = ("partial_rotary_factor", "rotary_pct")
 _WRITTEN_OUT = frozenset({"gelu_new", "gelu_fast", "quick_gelu", "gelu_python"})
 """Activations that transformers computes from several operators, each with a result of its own."""
@@ -106,7 +107,8 @@ class ModelShape:
             key_width = (_size(config, "qk_nope_head_dim") or 0) + rotary
             value_width, key_heads = _size(config, "v_head_dim") or head_width, heads
             latent += rotary + (_size(config, "index_head_dim") or 0)
-        inner = _size(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden
+        # A config.json may carry several of these, of which its model reads one: the largest bounds them all.
+        inner = max((_size(config, key) or 0 for key in _MLP_WIDTHS), default=0) or 4 * hidden
         experts = _size(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts") or 0
         expert_width = _size(config, "moe_intermediate_size", "expert_ffn_hidden_size") or inner
         shared = _size(config, "shared_expert_intermediate_size") or (
