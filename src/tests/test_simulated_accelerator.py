@@ -411,12 +411,14 @@ class TestOperators:
         # A process of its own: torch's engine serves only the devices that are there when it first runs backward, and
         # another test may have trained a checkpoint before this device was registered.
         script = (
-            "import sys, pathlib, torch\n"
+            "import os, sys, pathlib, torch\n"
             "from src.tests import simulated_accelerator\n"
             "with simulated_accelerator.load(pathlib.Path(sys.argv[1])).lent():\n"
             "    weight = torch.ones(3, device='sim:1', requires_grad=True)\n"
             "    (weight * torch.arange(3.0, device='sim:1')).pow(2).sum().backward()\n"
-            "    print(weight.grad.tolist())\n"
+            "    print(weight.grad.tolist(), flush=True)\n"
+            # Without the interpreter's own end: now and then torch's engine aborts there, while its thread still runs.
+            "os._exit(0)\n"
         )
         assert pytestconfig.cache is not None
         command = [sys.executable, "-c", script, str(pytestconfig.cache.mkdir("simulated_accelerator"))]
