@@ -2,8 +2,8 @@
 
 The formulas follow what transformers 5.23 keeps alive at the fullest moment of a forward pass, operator by operator, of
 the model types in `KNOWN_TYPES`: their attention runs fused and keeps no matrix of scores. They bound that moment from
-above, and closely: what a trial forward (`trial.py`) counts for these types lies at most an eighth below. Other types
-have other moments, which a trial forward finds.
+above, and closely: what a trial forward (`trial.py`) counts for these types lies a tenth below as a rule, a third at
+most. Other types have other moments, which a trial forward finds.
 
 Alive together are, through a whole pass: the hidden state and the embeddings it began with, rotary tables, masks; and
 in one layer whichever of these is most: attention (queries, the keys and values repeated for every head where heads

@@ -8,7 +8,6 @@ to versions of the packages and are kept under them. Until they are measured, fi
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lyra_emergence.cache_files import cache_path, replace_whole
 from lyra_emergence.errors import LyraError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ __all__ = ["FrameworkCosts", "framework_costs", "measure_framework", "private_by
 
 JSON_FORMAT = "lyra.framework/1"
 _PACKAGES = ("torch", "transformers", "bitsandbytes")
+_FILE = "framework.json"
 _LONGEST = 180.0
 """Seconds that the measurement may take: importing torch from a cold disk takes most of them."""
 
@@ -53,7 +54,7 @@ ASSUMED = FrameworkCosts(main_memory=480 * 2**20, quantization=64 * 2**20, measu
 def framework_costs() -> FrameworkCosts:
     """Return the figures kept for the installed versions, or the assumed ones."""
     try:
-        held = json.loads(_cache_path().read_text(encoding="utf-8"))
+        held = json.loads(cache_path(_FILE).read_text(encoding="utf-8"))
         if held["format"] == JSON_FORMAT and held["versions"] == _versions():
             return FrameworkCosts(**held["costs"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -109,22 +110,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _cache_path() -> Path:
-    from platformdirs import user_cache_path
-
-    return user_cache_path("lyra-emergence") / "framework.json"
-
-
 def _keep(costs: FrameworkCosts) -> None:
-    path = _cache_path()
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
     held = {"format": JSON_FORMAT, "versions": _versions(), "costs": asdict(costs)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(held), encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    replace_whole(cache_path(_FILE), json.dumps(held))
 
 
 # The model is large enough that kernels make the buffers they make for real ones, and small enough for a second's work.

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.activations import Activations
+from lyra_emergence.cache_files import cache_path, replace_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,7 +61,7 @@ def find_trial(
         chunk: Tokens of a prompt that run at once, where the model can take them so.
         trust_remote_code: Whether code that comes with the checkpoint may run.
     """
-    path = _cache_path()
+    path = cache_path("trials.json")
     key = _key(index, (context, batch, dtype, chunk, trust_remote_code))
     kept = _read(path)
     if key in kept:
@@ -82,12 +82,6 @@ def _key(index: CheckpointIndex, asked: tuple[Any, ...]) -> str:
     return hashlib.sha256(said.encode()).hexdigest()
 
 
-def _cache_path() -> Path:
-    from platformdirs import user_cache_path
-
-    return user_cache_path("lyra-emergence") / "trials.json"
-
-
 def _read(path: Path) -> dict[str, Trial]:
     """Return what the cache holds; nothing where it is absent, damaged or of another form."""
     try:
@@ -103,13 +97,7 @@ def _read(path: Path) -> dict[str, Trial]:
 
 
 def _write(path: Path, trials: dict[str, Trial]) -> None:
-    """Replace the cache's file whole; a folder that cannot be written to only costs the next trial."""
+    """Keep the latest results."""
     latest = dict(list(trials.items())[-_KEPT:])
     held = {"format": JSON_FORMAT, "trials": {key: asdict(trial) for key, trial in latest.items()}}
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(held), encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    replace_whole(path, json.dumps(held))

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lyra_emergence.cache_files import cache_path, replace_whole
 from lyra_emergence.speed.machine_rates import MachineRates
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ _KEPT = 20
 
 def rates_path() -> Path:
     """Return the file that holds the rates; there need be none."""
-    from platformdirs import user_cache_path
-
-    return user_cache_path("lyra-emergence") / "rates.json"
+    return cache_path("rates.json")
 
 
 def fingerprint(machine: Machine) -> str:
@@ -74,14 +73,7 @@ def keep(measured: MachineRates) -> None:
     path = rates_path()
     others = {key: held for key, held in _read(path).items() if key != measured.fingerprint}
     machines = {**dict(list(others.items())[-(_KEPT - 1) :]), measured.fingerprint: measured.to_json()}
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"format": JSON_FORMAT, "machines": machines}, indent=1), encoding="utf-8")
-        os.replace(partial, path)  # noqa: PTH105 -
-    except OSError:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    replace_whole(path, json.dumps({"format": JSON_FORMAT, "machines": machines}, indent=1))
 
 
 def _read(path: Path) -> dict[str, Any]:
