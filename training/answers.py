@@ -17,6 +17,8 @@ GOODBYE = "Goodbye."
 _PRONOUNS = dict(pair.split(":") for pair in words.VALUES["second_person"])
 _WORD = re.compile(r"[A-Za-z]+(?:['\u2019][a-z]+)?")
 _RUN = re.compile(r"(((?:\b\w+\b|[^\w\s])[ ,]*)\2\2)\2+")
+LONGEST_RUN = 3
+"""How often in a row an answer may say one thing."""
 _LOWERED = frozenset(("You", "Your", "The", "A", "An", "In", "At", "On", "It", "There", "This", "That"))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
+from training.answers import LONGEST_RUN
 from training.growth import layer_count
 from training.model import build
 from training.tokenizer import END, load_tokenizer
@@ -47,6 +48,7 @@ def export(run: Path, target: Path) -> int:
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
         max_new_tokens=LONGEST_ANSWER,
+        max_repeats=LONGEST_RUN,  # Lyra's own; transformers keeps it and does nothing with it
     )
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -84,7 +84,8 @@ class Answer:
         text: As the model wrote it; `plain` makes it safe to print.
         sources: The passages that the model was given, by number.
         unknown_citations: Numbers that it cites and that name no source.
-        finish_reason: "stop", "length" (the token limit was reached) or "interrupted".
+        finish_reason: "stop", "length" (the token limit was reached), "loop" (it only repeated itself) or
+            "interrupted".
         stats: Tokens and seconds; None when interrupted.
         notes: What was left out to fit the context and the like, a line each.
     """

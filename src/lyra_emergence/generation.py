@@ -18,7 +18,7 @@ from lyra_emergence.errors import DoesNotFitError, GenerationError, is_out_of_me
 from lyra_emergence.footprint import PREFILL_CHUNK
 from lyra_emergence.runtime.memory import keep_freed_memory, return_freed_memory
 from lyra_emergence.runtime.stepping import caches_of, feeding_of
-from lyra_emergence.text_stream import StopScanner, TextDecoder
+from lyra_emergence.text_stream import LoopDetector, StopScanner, TextDecoder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Chunk", "FinishReason", "GenerationOptions", "GenerationStats", "encode_prompt", "stream_generate"]
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "loop"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class GenerationOptions:
         top_k: Keep the k likeliest tokens when sampling; 0 keeps all.
         top_p: Keep the likeliest tokens that hold this much probability when sampling; in (0, 1].
         repetition_penalty: Divides the odds of tokens that occurred (arXiv 1909.05858, section 4.1); 1 is none.
+        max_repeats: End the answer where its last tokens stand more than this many times in a row; 0 is never.
         stop: Texts that end the answer; they are not part of it.
         seed: Makes sampling repeatable; None draws from torch's global generator.
     """
@@ -51,6 +52,7 @@ class GenerationOptions:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    max_repeats: int = 0
     stop: tuple[str, ...] = ()
     seed: int | None = None
 
@@ -103,7 +105,7 @@ class Chunk:
     Attributes:
         text: New text; may be empty while a character or a possible stop text is incomplete.
         token_ids: The tokens behind this step.
-        finish_reason: "stop" (an end token or a stop text) or "length" on the last chunk, else None.
+        finish_reason: "stop" (an end token or a stop text), "length" or "loop" on the last chunk, else None.
         stats: On the last chunk.
     """
 
@@ -170,6 +172,7 @@ def _check(options: GenerationOptions) -> None:
         "top_k": options.top_k < 0,
         "top_p": not 0 < options.top_p <= 1,
         "repetition_penalty": options.repetition_penalty <= 0,
+        "max_repeats": options.max_repeats < 0,
         "stop": "" in options.stop,
     }
     for name in (name for name, is_wrong in wrong.items() if is_wrong):
@@ -181,6 +184,7 @@ def _generate(loaded: LoadedModel, prompt: list[int], options: GenerationOptions
     ends = _end_tokens(loaded)
     decoder = TextDecoder(loaded.tokenizer, prompt)
     scanner = StopScanner(options.stop)
+    loops = LoopDetector(options.max_repeats)
     chooser = _Chooser(prompt, options)
     with closing(Stepper(loaded)) as stepper:
         clock = time.perf_counter()
@@ -189,6 +193,8 @@ def _generate(loaded: LoadedModel, prompt: list[int], options: GenerationOptions
         while True:
             text = "" if token in ends else scanner.push(decoder.push(token))
             reason: FinishReason | None = "stop" if token in ends or scanner.found else None
+            if reason is None and loops.push(token):
+                reason = "loop"
             if reason is None and count >= options.max_new_tokens:
                 reason = "length"
             if reason is not None:

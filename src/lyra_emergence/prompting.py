@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lyra_emergence.errors import GenerationError
-from lyra_emergence.journal.text import one_line, plain
+from lyra_emergence.journal.text import one_line, plain, without_runs
 
 __all__ = ["ControlTokens", "Excerpt", "Exchange", "PromptWriter"]
 
@@ -127,7 +127,7 @@ class PromptWriter:
 
     def _clean_line(self, text: str) -> str:
         # On one line, so that a passage cannot pretend to be the next numbered entry.
-        return self._controls.without(one_line(text))
+        return self._controls.without(without_runs(one_line(text)))
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])

@@ -1,14 +1,45 @@
-"""Turning tokens into text as they come: whole characters only, and nothing of a stop text."""
+"""Turning tokens into text as they come: whole characters only, nothing of a stop text, and no endless repetition."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["StopScanner", "TextDecoder"]
+__all__ = ["LoopDetector", "StopScanner", "TextDecoder"]
 
 _INCOMPLETE = "�"
 _PROMPT_TAIL = 6
 """Prompt tokens that the first new token is decoded after: whether it starts with a space depends on what precedes."""
+
+_LONGEST_CYCLE = 64
+"""Tokens of what may be found to repeat itself, at most: two long sentences."""
+_LEAST_REPEATED = 12
+"""Tokens of a repetition at least: "0000" and "ha ha ha ha" are no endless loops."""
+
+
+class LoopDetector:
+    """Tells when tokens have come to repeat one and the same sequence.
+
+    Args:
+        repeats: How often a sequence may stand in a row; 0 for any number of times.
+    """
+
+    def __init__(self, repeats: int) -> None:
+        self._repeats = repeats
+        self._tokens: list[int] = []
+        # For each length of cycle, how many of the last tokens equal the one that far before them.
+        self._equal = [0] * (_LONGEST_CYCLE + 1)
+
+    def push(self, token: int) -> bool:
+        """Take the next token and return whether the tokens are in a loop."""
+        if not self._repeats:
+            return False
+        self._tokens.append(token)
+        found = False
+        for length in range(1, min(_LONGEST_CYCLE, len(self._tokens) - 1) + 1):
+            same = self._tokens[-1 - length] == token
+            self._equal[length] = self._equal[length] + 1 if same else 0
+            found |= self._equal[length] + length >= max(length * (self._repeats + 1), _LEAST_REPEATED)
+        return found
 
 
 class TextDecoder:

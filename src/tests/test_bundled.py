@@ -214,12 +214,31 @@ def test_odd_journals_get_an_answer_that_ends(loaded: LoadedModel, name: str) ->
 
 
 @pytest.mark.parametrize(
-    "text", ["x" * 50_000, "It rang and rang and rang and rang and rang and rang and rang."], ids=["one word", "many"]
+    "text",
+    [
+        "x" * 50_000,
+        "It rang and rang and rang and rang and rang and rang and rang.",
+        "I was very very very very very very very very very very tired.",
+        "🎂" * 40,
+        "Spam, " * 2_000,
+        "I was very tired. " * 400,
+    ],
+    ids=["one letter", "rang", "very", "emoji", "one word", "one sentence"],
 )
-def test_a_text_that_repeats_itself_is_not_repeated_for_ever(loaded: LoadedModel, text: str) -> None:
-    answer = told(loaded, f"What about {text[:4]}?", text)
+def test_a_text_that_repeats_itself_is_not_repeated(loaded: LoadedModel, text: str) -> None:
+    for question in (f"What about {text[:4]}?", "Why was I tired?", "What did I write?"):
+        answer = told(loaded, question, text)
+        assert answer.finish_reason in {"stop", "loop"}
+        assert answer.stats is not None
+        assert answer.stats.new_tokens <= 24, answer.text
+
+
+@pytest.mark.parametrize("question", ["ha " * 100, "🙂" * 200, "Who? " * 60, "hello " * 80])
+def test_a_question_that_repeats_itself_gets_an_answer_that_ends(loaded: LoadedModel, question: str) -> None:
+    answer = told(loaded, question, "I went home.", "ha ha ha ha ha ha ha")
+    assert answer.finish_reason in {"stop", "loop"}
     assert answer.stats is not None
-    assert answer.stats.new_tokens <= 160
+    assert answer.stats.new_tokens <= 24, answer.text
 
 
 def test_an_empty_journal_is_said_to_hold_nothing(loaded: LoadedModel) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -97,6 +97,24 @@ def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(llama: LoadedModel) -
     assert chunks[-1].finish_reason == "stop"
 
 
+def test_an_answer_that_only_repeats_itself_is_ended(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The model's own next token, always: what a small model does with "x" * 1000.
+    real = llama.model.forward
+    token = llama.tokenizer("a")["input_ids"][-1]
+
+    def insisting(*args: Any, **kwargs: Any) -> Any:
+        output = real(*args, **kwargs)
+        output.logits[..., token] = output.logits.max() + 1
+        return output
+
+    monkeypatch.setattr(llama.model, "forward", insisting)
+    chunks = list(stream_generate(llama, TEXT, GenerationOptions(max_new_tokens=60, max_repeats=3)))
+    assert chunks[-1].finish_reason == "loop"
+    assert len(chunks) == 12
+    free = list(stream_generate(llama, TEXT, GenerationOptions(max_new_tokens=60)))
+    assert (len(free), free[-1].finish_reason) == (60, "length")
+
+
 def test_the_context_clamps_the_answer(checkpoints: Checkpoints) -> None:
     loaded = load(ModelConfig(device_map="cpu", context_length=40), directory=checkpoints("llama"))
     chunks = list(stream_generate(loaded, ids_of(loaded, 30), GenerationOptions(max_new_tokens=4000)))
@@ -170,6 +188,7 @@ def test_inference_mode_does_not_leak_to_the_consumer(llama: LoadedModel) -> Non
     ("options", "name"),
     [
         (GenerationOptions(max_new_tokens=0), "max_new_tokens"),
+        (GenerationOptions(max_repeats=-1), "max_repeats"),
         (GenerationOptions(temperature=-1.0), "temperature"),
         (GenerationOptions(top_k=-1), "top_k"),
         (GenerationOptions(top_p=0.0), "top_p"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lyra_emergence.journal.text import flowing, one_line, passages, plain, shorten, words
+from lyra_emergence.journal.text import flowing, one_line, passages, plain, shorten, without_runs, words
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,23 @@ def test_words() -> None:
     assert words("Biscuit's café, DON'T stop: 2025-03") == ["biscuit", "café", "don", "t", "stop", "2025", "03"]
     assert words("e\u0301te\u0301") == ["été"]
     assert words("हिन्दी में") == ["हिन्दी", "में"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("x" * 50_000, "xxx"),
+        ("It rang and rang and rang and rang and rang and rang.", "It rang and rang and rang and rang."),
+        ("No, no, no, NO, no! I said.", "No, no, no! I said."),
+        ("🎂🎂🎂🎂🎂 for Dana", "🎂🎂🎂 for Dana"),
+        ("-------- hahahahahaha ...... !!!!!!", "--- hahaha ... !!!"),
+        ("so so so it goes so so so", "so so so it goes so so so"),
+        # Numbers mean what they say.
+        ("I owe 10000000 and 0000 0000 0000 0000 0000.", "I owe 10000000 and 0000 0000 0000 0000 0000."),
+        ("7 7 7 7 7 7", "7 7 7 7 7 7"),
+        ("- - - - - -", "- - -"),
+        ("", ""),
+    ],
+)
+def test_runs_are_cut_to_three(text: str, shown: str) -> None:
+    assert without_runs(text) == shown

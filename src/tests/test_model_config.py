@@ -450,6 +450,7 @@ def test_every_generation_setting() -> None:
         "top_k": 0,
         "top_p": 1,
         "repetition_penalty": 1.1,
+        "max_repeats": 3,
         "stop": ["User:", "\n\n"],
         "seed": 0,
         "return_full_text": False,

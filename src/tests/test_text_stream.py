@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lyra_emergence.text_stream import StopScanner, TextDecoder
+from lyra_emergence.text_stream import LoopDetector, StopScanner, TextDecoder
 
 from .families import make_tokenizer
 
@@ -61,3 +61,41 @@ def test_no_piece_ends_in_half_a_character(text: str) -> None:
     pieces = [decoder.push(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert not any("\ufffd" in piece for piece in pieces)
     assert "".join(pieces) == text
+
+
+def loops_at(tokens: list[int], repeats: int) -> int | None:
+    detector = LoopDetector(repeats)
+    return next((at for at, token in enumerate(tokens, start=1) if detector.push(token)), None)
+
+
+@given(
+    start=st.lists(st.integers(0, 3), max_size=40),
+    cycle=st.lists(st.integers(0, 3), min_size=1, max_size=20),
+    repeats=st.integers(1, 4),
+)
+def test_a_loop_is_told_when_it_stands_once_more_than_it_may(start: list[int], cycle: list[int], repeats: int) -> None:
+    found = loops_at([*start, *(cycle * 40)], repeats)
+    assert found is not None
+    assert found <= len(start) + max(len(cycle) * (repeats + 1), 12)
+    # What it found: some sequence stands more than `repeats` times at the end of the tokens so far.
+    seen = [*start, *(cycle * 40)][:found]
+    periods = [p for p in range(1, 65) if len(seen) >= p * (repeats + 1) and _repeats(seen, p) > repeats]
+    assert periods
+
+
+def _repeats(tokens: list[int], period: int) -> int:
+    times = 1
+    while tokens[-period * (times + 1) : -period * times] == tokens[-period:]:
+        times += 1
+    return times
+
+
+def test_what_repeats_too_little_is_no_loop() -> None:
+    assert loops_at([7] * 11, 3) is None  # "00000000000"
+    assert loops_at(list(range(20)) * 3, 3) is None
+    assert loops_at([1, 2] * 500, 0) is None
+
+
+def test_a_cycle_longer_than_what_is_looked_for_is_no_loop() -> None:
+    assert loops_at(list(range(65)) * 5, 3) is None
+    assert loops_at(list(range(64)) * 5, 3) == 256

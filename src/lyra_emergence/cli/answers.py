@@ -91,6 +91,8 @@ def _print_epilogue(answer: Answer, console: Console) -> None:
         console.say(console.style("(stopped)", "dim"))
     elif answer.finish_reason == "length":
         console.note("the answer was cut at the most tokens it may have (--max-new-tokens)")
+    elif answer.finish_reason == "loop":
+        console.note("the answer was ended where the model only repeated itself ('max_repeats')")
 
 
 def source_lines(source: Source, console: Console, *, passage: bool = False) -> Iterator[str]:

@@ -29,7 +29,15 @@ NOT_NAMED: Final = frozenset({"default", "file"})
 """Origins of `model_id` that no person stated for this run."""
 
 _USING: Final = "using the bundled model"
-_GENERATION: Final = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+_GENERATION: Final = (
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "max_repeats",
+)
 
 Answer = Literal["download", "bundled"]
 

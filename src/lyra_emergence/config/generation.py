@@ -54,6 +54,9 @@ GENERATION_SETTINGS = {
     "repetition_penalty": Setting(
         "number", "Above 1 makes tokens that stand in the text less likely; 1 is off.", above=True
     ),
+    "max_repeats": Setting(
+        "whole", "End the answer where its last tokens stand more than this many times in a row; 0 is never."
+    ),
     "stop": Setting("texts", "Texts that end the answer; they are not part of it."),
     "seed": Setting("whole", "Start of the random numbers, for the same answer each time.", maximum=_MOST),
     "return_full_text": Setting("boolean", "Whether a pipeline's answer repeats the prompt in front of it."),

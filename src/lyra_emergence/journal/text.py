@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["flowing", "one_line", "passages", "plain", "shorten", "words"]
+__all__ = ["flowing", "one_line", "passages", "plain", "shorten", "without_runs", "words"]
 
 PASSAGE_LENGTH = 600
 """Characters of a passage at most: about 150 tokens, so that four of them fit a small model's context."""
@@ -22,7 +22,14 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 _LINE_ENDS = re.compile(r"\r\n?|[\x85\u2028\u2029]")
 
 _BULLET = re.compile(r"\s*(?:[-*\u2022\u2013\u2014+]|\d{1,2}[.)])\s+")
+_AROUND = ".,;:!?\u2026-\u2013\u2014'\"()"
 _ENDS = ".!?\u2026:;,\u3002"
+
+_RUN_KEPT = 3
+"""How often in a row a word or sign is left standing by `without_runs`."""
+_RUN_PERIOD = 6
+"""Words of what is looked for as a run, at most."""
+_RUN_OF_SIGNS = re.compile(rf"([^\s\d]{{1,8}}?)\1{{{_RUN_KEPT},}}")
 
 _SENTENCE_END = re.compile(r"[.!?…]['\")\]’”]*\s+|[。！？]['\")\]’”」』]*\s*|\n\s*\n\s*")  # noqa: RUF001
 _ABBREVIATION = re.compile(
@@ -53,6 +60,39 @@ def flowing(text: str) -> str:
         return one_line(text)
     items = [one_line(_BULLET.sub("", line)) for line in lines]
     return " ".join(item if item[-1] in _ENDS else f"{item}." for item in items if item)
+
+
+def without_runs(text: str) -> str:
+    """Return a line of text in which nothing stands more than three times in a row, but for numbers.
+
+    "no, no, no, no, no!" is "no, no, no!" and "🎂🎂🎂🎂🎂" is "🎂🎂🎂": a model that copies does not count, and
+    would go on for ever. Up to six words are looked for as one.
+    """
+    line = _RUN_OF_SIGNS.sub(lambda match: match[1] * _RUN_KEPT, text).split(" ")
+    keys = [word.strip(_AROUND).casefold() or word for word in line]
+    kept: list[str] = []
+    at = 0
+    while at < len(line):
+        period, times = _run_at(keys, at)
+        end = at + period * times
+        # The last one stays, for what stands behind it: "no, no, no!"
+        kept += [*line[at : at + period * (_RUN_KEPT - 1)], *line[end - period : end]] if times > 1 else line[at:end]
+        at = end
+    return " ".join(kept)
+
+
+def _run_at(keys: list[str], at: int) -> tuple[int, int]:
+    """Return of how many words a run that begins at `at` is made, and how often they stand there; (1, 1) for none."""
+    for period in range(1, _RUN_PERIOD + 1):
+        unit = keys[at : at + period]
+        if any(character.isdigit() for character in "".join(unit)):
+            break
+        times = 1
+        while keys[at + times * period : at + (times + 1) * period] == unit:
+            times += 1
+        if times > _RUN_KEPT:
+            return period, times
+    return 1, 1
 
 
 def shorten(text: str, limit: int) -> str:
