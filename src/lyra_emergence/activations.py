@@ -48,10 +48,13 @@ class Activations:
 
     Attributes:
         embedding: Where the embeddings are looked up.
-        layer: Where a layer runs, once the caches are full.
+        layer: Where a layer runs without its experts, once the caches are full.
         head: Where the last norm and the head run.
-        earlier: Where a layer runs, in the last whole chunk of a prompt that leaves a shorter one behind it.
+        earlier: As `layer`, in the last whole chunk of a prompt that leaves a shorter one behind it.
         filled: How full the caches are then, as a share of what they hold at their most.
+        experts: Where a layer runs with its experts, once the caches are full.
+        earlier_experts: As `experts`, in that earlier chunk.
+        experts_alone: Where experts run and no layer does.
     """
 
     embedding: int
@@ -59,11 +62,29 @@ class Activations:
     head: int
     earlier: int = 0
     filled: float = 1.0
+    experts: int = 0
+    earlier_experts: int = 0
+    experts_alone: int = 0
 
-    def of(self, *, embedding: bool = False, layer: bool = False, head: bool = False, kv_cache: int = 0) -> int:
+    def of(
+        self,
+        *,
+        embedding: bool = False,
+        layer: bool = False,
+        experts: bool = False,
+        head: bool = False,
+        kv_cache: int = 0,
+    ) -> int:
         """Return the bytes on a device that runs the parts named and holds `kv_cache` bytes of full caches."""
-        in_layer = max(self.layer, self.earlier - int((1 - self.filled) * kv_cache))
-        return max(self.embedding * embedding, in_layer * layer, self.head * head)
+        unfilled = int((1 - self.filled) * kv_cache)
+        in_layer = max(self.layer, self.earlier - unfilled)
+        in_experts = max(self.experts, self.earlier_experts - unfilled) if layer else self.experts_alone
+        return max(self.embedding * embedding, in_layer * layer, in_experts * experts, self.head * head)
+
+    def with_experts_in_layers(self) -> Activations:
+        """Return the figures for a model whose layers are not divided: each runs with its experts, if it has any."""
+        layer, earlier = max(self.layer, self.experts), max(self.earlier, self.earlier_experts)
+        return Activations(self.embedding, layer, self.head, earlier, self.filled)
 
 
 def estimate_activations(shape: ModelShape, context: int, batch: int, chunk: int) -> Activations:
@@ -82,6 +103,9 @@ def estimate_activations(shape: ModelShape, context: int, batch: int, chunk: int
         head=max(earlier.head, last.head),
         earlier=earlier.layer,
         filled=shape.filled(whole, context, chunk),
+        experts=last.experts,
+        earlier_experts=earlier.experts,
+        experts_alone=max(earlier.experts_alone, last.experts_alone),
     )
 
 
@@ -96,11 +120,17 @@ def _in_a_pass(shape: ModelShape, tokens: int, context: int, batch: int) -> Acti
         _attention(shape, tokens, context, batch),
         _growing_cache(shape, rows, context, batch),
         hidden + shape.mlp_copies * rows * shape.intermediate * shape.itemsize,
-        _experts(shape, rows),
         3 * rows * shape.hidden * _FLOAT32,
     )
     throughout = _throughout(shape, tokens, context, batch) + batch * tokens * narrow * _BOOL
-    return Activations(embedding=2 * hidden, layer=throughout + in_layer, head=head)
+    experts = _experts(shape, rows)
+    return Activations(
+        embedding=2 * hidden,
+        layer=throughout + in_layer,
+        head=head,
+        experts=throughout + experts if experts else 0,
+        experts_alone=hidden + experts if experts else 0,
+    )
 
 
 def _throughout(shape: ModelShape, tokens: int, context: int, batch: int) -> int:

@@ -64,7 +64,8 @@ class BlockFootprint:
 
     Attributes:
         name: The block's module path.
-        kind: "embedding", "layer", "norm", "head" or "other".
+        kind: "embedding", "layer", "experts", "norm", "head" or "other".
+        index: The number of a layer, or of the layer that experts belong to; None for all others.
         tied_to: The block whose weight this one shares, or None.
         weights: Bytes of its own weights in the loaded form.
         kv_cache: Bytes of its keys and values at the full context length.
@@ -84,6 +85,7 @@ class BlockFootprint:
     home: int = 0
     home_is_copy: bool = True
     active_share: float = 1.0
+    index: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -187,6 +189,8 @@ def estimate_footprint(
     )
     estimated = estimate_activations(shape, context, batch, PREFILL_CHUNK)
     activations = trial.activations if trial else estimated
+    if not any(block.kind == "experts" for block in blocks):
+        activations = activations.with_experts_in_layers()
     workspace = _quantized_workspace(index, quantization, min(context, PREFILL_CHUNK) * batch, shape.itemsize)
     return Footprint(
         blocks=blocks,
@@ -220,16 +224,11 @@ def _weights(
             mapped=_stays_mapped(index, block, dtype, quantization),
             home=sum(index.tensors[t].nbytes for t in block.tensors if _is_merged(t)),
             home_is_copy=as_stored,
-            active_share=1 - (1 - active) * _expert_share(index, block),
+            active_share=active if block.kind == "experts" else 1.0,
+            index=block.index,
         )
         for block in index.blocks
     )
-
-
-def _expert_share(index: CheckpointIndex, block: Block) -> float:
-    """Return the share of a block's stored bytes that are experts', whether one by one or fused."""
-    experts = sum(index.tensors[name].nbytes for name in block.tensors if ".experts." in name)
-    return experts / block.nbytes if experts else 0.0
 
 
 def is_known(index: CheckpointIndex) -> bool:

@@ -133,8 +133,7 @@ class ModelShape:
             shared_width=shared,
             mlp_copies=_mlp_copies(config, index),
             masks=2 if any(windows) or config.get("model_type") in _SECOND_MASK else 1,
-            queries_twice=_turns_a_part(config)
-            or not any(".q_proj." in name for layer in index.layers[:1] for name in layer.tensors),
+            queries_twice=_turns_a_part(config) or not any(".q_proj." in name for name in _first_layer(index)),
             learned_positions=sum(block.kind == "embedding" for block in index.blocks) > 1,
             itemsize=itemsize,
             notes=notes,
@@ -180,7 +179,7 @@ def _size(config: Mapping[str, Any], *keys: str) -> int | None:
 
 def _mlp_copies(config: Mapping[str, Any], index: CheckpointIndex) -> int:
     """Return 4 for gate and up as one tensor, 3 as two: with them live the activated gate and the product."""
-    names = index.layers[0].tensors if index.layers else ()
+    names = _first_layer(index)
     if any("gate_up_proj" in name for name in names):
         return 4
     if any("gate_proj" in name or name.endswith((".w1.weight", ".gate.weight")) for name in names):
@@ -188,6 +187,11 @@ def _mlp_copies(config: Mapping[str, Any], index: CheckpointIndex) -> int:
     activation = _named(config, "hidden_act", "activation_function", "hidden_activation", "activation")
     # GPT-2 and its kin say nothing where it is the written-out one, their default.
     return 4 if activation in _WRITTEN_OUT or activation is None else 2
+
+
+def _first_layer(index: CheckpointIndex) -> tuple[str, ...]:
+    """Return the names of the first layer's tensors, its experts' among them."""
+    return tuple(name for block in index.blocks if block.index == 0 for name in block.tensors)
 
 
 def _turns_a_part(config: Mapping[str, Any]) -> bool:

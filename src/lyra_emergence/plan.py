@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lyra_emergence.budgets import Request, read_request
 from lyra_emergence.errors import DoesNotFitError
+from lyra_emergence.filling import place
 from lyra_emergence.footprint import (
     PREFILL_CHUNK,
     Footprint,
@@ -21,7 +22,7 @@ from lyra_emergence.footprint import (
     estimate_footprint,
     is_known,
 )
-from lyra_emergence.placement import DISK, DeviceUse, Placement, check_fits, measure_use, place, refuse
+from lyra_emergence.placement import DISK, DeviceUse, Placement, check_fits, measure_use, refuse
 from lyra_emergence.remedies import SHORTEST_CONTEXT, attempts
 from lyra_emergence.trial import find_trial
 from lyra_emergence.units import format_bytes
@@ -313,7 +314,7 @@ def _top_rungs(config: ModelConfig, footprint: Footprint, request: Request) -> t
     if request.whole_on is not None:
         return (full,)
     if _fast_layers(placements):
-        return (full, _checked("planned", placements, footprint, request, "as many layers as the budgets allow"))
+        return (full, _checked("planned", placements, footprint, request, _as_many(placements)))
     if not config.enable_progressive_fallback:
         # The CPU is then no fallback, but the best that an automatic map can do.
         return (full, _checked("cpu", placements, footprint, request, _NO_LAYER_FITS))
@@ -328,6 +329,12 @@ def _fast_layers(placements: tuple[Placement, ...]) -> int:
     return sum(p.kind == "layer" and _is_fast(p) for p in placements)
 
 
+def _as_many(placements: tuple[Placement, ...]) -> str:
+    layers, experts = (sum(p.kind == kind and _is_fast(p) for p in placements) for kind in ("layer", "experts"))
+    apart = any(p.kind == "experts" for p in placements) and experts < layers
+    return f"as many layers as the budgets allow{', and then their experts' * apart}"
+
+
 def _forced(footprint: Footprint, request: Request) -> tuple[Placement, ...]:
     device = request.whole_on or request.cpu.device
     reason = "the device map says so"
@@ -335,7 +342,10 @@ def _forced(footprint: Footprint, request: Request) -> tuple[Placement, ...]:
 
 
 def _whole_model_shortfall(footprint: Footprint, request: Request) -> str:
-    busy = footprint.activations.of(layer=True, kv_cache=footprint.kv_cache) * len(request.accelerators)
+    experts = any(block.kind == "experts" for block in footprint.blocks)
+    busy = footprint.activations.of(layer=True, experts=experts, kv_cache=footprint.kv_cache) * len(
+        request.accelerators
+    )
     needed = footprint.weights + footprint.kv_cache + busy + sum(b.reserved for b in request.accelerators)
     limit = sum(b.limit for b in request.accelerators)
     names = " and ".join(b.device for b in request.accelerators)
@@ -364,7 +374,7 @@ def _lower_rung(wanted: int | None, footprint: Footprint, request: Request) -> I
     layers = sum(block.kind == "layer" for block in footprint.blocks)
     placements = place(footprint, request, layer_limit=layers if wanted is None else wanted)
     if _fast_layers(placements):
-        reason = "as many layers as the budgets allow" if wanted is None else f"gpu_layers_fallback is {wanted}"
+        reason = _as_many(placements) if wanted is None else f"gpu_layers_fallback is {wanted}"
         yield _checked("fallback", placements, footprint, request, reason)
     elif wanted is not None:
         yield Rung("fallback", (), fits=False, reason=_NO_LAYER_FITS)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Trial", "find_trial"]
 
-JSON_FORMAT = "lyra.trials/2"
+JSON_FORMAT = "lyra.trials/3"
 _KEPT = 200
 """Results that the cache holds at most; the oldest go first."""
 

@@ -170,7 +170,11 @@ def test_blocks_are_the_models_modules(saved: dict[str, tuple[Path, Any]], famil
     # GPT-NeoX is the one that renames: it stores `embed_out` for the module `lm_head`.
     names = {block.name: "lm_head" if block.name == "embed_out" else block.name for block in index.blocks}
     for block in index.blocks:
-        held = sum(tensor.nbytes for tensor in modules[names[block.name]].state_dict().values())
+        # transformers calls the experts' module otherwise; they lie in their layer's.
+        where = {"mlp.experts": "block_sparse_moe.experts"}
+        module = modules[names[block.name].replace(where["mlp.experts"], "mlp.experts")]
+        held = sum(tensor.nbytes for tensor in module.state_dict().values())
+        held -= sum(b.nbytes for b in index.blocks if b.kind == "experts" and b.name.startswith(f"{block.name}."))
         assert block.nbytes == (0 if block.tied_to else held), block
     assert [b.index for b in index.layers] == [0, 1, 2]
     assert index.nbytes == sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
@@ -314,14 +318,26 @@ def test_any_architecture(tmp_path: Path, stack: str, embedding: str, norm: str,
     assert all(block.tied_to is None for block in index.blocks)
 
 
-def test_experts_stay_in_their_layer(tmp_path: Path) -> None:
+def test_experts_are_a_block_beside_the_rest_of_their_layer(tmp_path: Path) -> None:
     shapes = llama_shapes()
     shapes |= {f"model.layers.{i}.block_sparse_moe.experts.{m}.w1.weight": (3, 5) for i in (0, 1) for m in range(12)}
+    shapes |= {"model.layers.1.mlp.shared_experts.up.weight": (3, 5)}
     index = read_checkpoint(write(tmp_path, shapes))
-    assert [(b.name, b.nbytes, len(b.tensors)) for b in index.layers] == [
-        ("model.layers.0", 2 * (16 + 12 * 15), 13),
-        ("model.layers.1", 2 * (16 + 12 * 15), 13),
+    found = [(b.name, b.kind, b.index, b.nbytes, len(b.tensors)) for b in index.blocks if b.index is not None]
+    assert found == [
+        ("model.layers.0", "layer", 0, 2 * 16, 1),
+        ("model.layers.0.block_sparse_moe.experts", "experts", 0, 2 * 12 * 15, 12),
+        ("model.layers.1", "layer", 1, 2 * (16 + 15), 2),
+        ("model.layers.1.block_sparse_moe.experts", "experts", 1, 2 * 12 * 15, 12),
     ]
+    assert [b.name for b in index.layers] == ["model.layers.0", "model.layers.1"]
+
+
+def test_a_mixture_within_attention_stays_in_its_layer(tmp_path: Path) -> None:
+    shapes = llama_shapes() | {f"model.layers.{i}.self_attention.experts.input.weight": (3, 5) for i in (0, 1)}
+    index = read_checkpoint(write(tmp_path, shapes))
+    assert {b.kind for b in index.blocks} == {"embedding", "layer", "norm", "head"}
+    assert [b.nbytes for b in index.layers] == [2 * (16 + 15)] * 2
 
 
 def test_a_vision_tower_is_other_even_where_it_is_larger(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
-"""The invariants of placement.py on random models and budgets, and the best number of layers by brute force."""
+"""The invariants of filling.py on random models and budgets, and the best placements by brute force."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations_with_replacement, pairwise
+from itertools import combinations_with_replacement, pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from lyra_emergence.activations import Activations
 from lyra_emergence.budgets import Budget, Request
+from lyra_emergence.filling import place, slow_bytes
 from lyra_emergence.footprint import BlockFootprint, Footprint
-from lyra_emergence.placement import DISK, DeviceUse, Placement, check_fits, measure_use, place, refuse
+from lyra_emergence.placement import DISK, DeviceUse, Placement, check_fits, measure_use, refuse
 
 SIZES = st.integers(0, 60)
 
@@ -29,6 +30,9 @@ def request(*gpus: int, cpu: int = 10**6, pinned: dict[str, str] | None = None, 
 def model(
     layers: list[tuple[int, int]],
     *,
+    experts: dict[int, int] | None = None,
+    share: float = 0.25,
+    expert_activations: int = 0,
     embedding: int = 10,
     norm: int = 1,
     head: int | None = 10,
@@ -37,18 +41,35 @@ def model(
     head_activations: int = 0,
     unmapped: frozenset[str] = frozenset(),
 ) -> Footprint:
-    """A model of layers with (weights, KV cache); `tied` is "head" or "embed", the block without weights of its own."""
+    """A model of layers with (weights, KV cache), and the weights of the experts of those layers that have any.
+
+    `tied` is "head" or "embed", the block without weights of its own.
+    """
 
     def block(name: str, kind: str, weights: int, cache: int = 0, tied_to: str | None = None) -> BlockFootprint:
         return BlockFootprint(name, kind, tied_to, 0 if tied_to else weights, cache, name not in unmapped)
 
+    def whole_layer(number: int, sizes: tuple[int, int]) -> list[BlockFootprint]:
+        parts = [replace(block(f"layers.{number}", "layer", *sizes), index=number)]
+        if experts and number in experts:
+            inside = block(f"layers.{number}.experts", "experts", experts[number])
+            parts.append(replace(inside, index=number, active_share=share))
+        return parts
+
     blocks = (
         block("embed", "embedding", embedding, tied_to="head" if tied == "embed" else None),
-        *(block(f"layers.{i}", "layer", *sizes) for i, sizes in enumerate(layers)),
+        *(part for i, sizes in enumerate(layers) for part in whole_layer(i, sizes)),
         block("norm", "norm", norm),
         block("head", "head", head or 0, tied_to="embed" if tied == "head" else None),
     )
-    return Footprint(blocks, 128, 1, "float32", None, Activations(0, layer_activations, head_activations))
+    busy = Activations(
+        embedding=0,
+        layer=layer_activations,
+        head=head_activations,
+        experts=expert_activations,
+        experts_alone=expert_activations // 2,
+    )
+    return Footprint(blocks, 128, 1, "float32", None, busy)
 
 
 def devices(placed: tuple[Placement, ...]) -> dict[str, str]:
@@ -61,6 +82,9 @@ def models(draw: st.DrawFn) -> Footprint:
     names = ["embed", "norm", "head", *(f"layers.{i}" for i in range(len(layers)))]
     return model(
         layers,
+        experts=draw(st.dictionaries(st.integers(0, len(layers) - 1), SIZES)),
+        share=draw(st.sampled_from([0.1, 0.5, 0.75])),
+        expert_activations=draw(st.integers(0, 30)),
         embedding=draw(SIZES),
         norm=draw(SIZES),
         head=draw(SIZES),
@@ -121,15 +145,125 @@ def test_as_many_layers_as_can_be_are_on_accelerators(footprint: Footprint, aske
 
 
 def most_layers(footprint: Footprint, asked: Request) -> int:
-    """The best of all ways to cut the layers into one run per device, the first device's run first."""
-    layers = [block.nbytes for block in footprint.blocks if block.kind == "layer"]
-    room = [b.limit - b.reserved - footprint.activations.layer for b in asked.accelerators]
+    """The best of all ways to cut the layers into one run per device, the first device's run first.
+
+    Experts of which a token reads a half at most can do without an accelerator.
+    """
+    experts = [block for block in footprint.blocks if block.kind == "experts"]
+    bound = {block.index: block.weights for block in experts if block.active_share > 0.5}
+    layers = [b.nbytes + bound.get(b.index, 0) for b in footprint.blocks if b.kind == "layer"]
+    busy = footprint.activations.of(layer=True)
+    if bound:
+        return most_bound_layers(footprint, asked, layers, bound)
+    room = [b.limit - b.reserved - busy for b in asked.accelerators]
     best = 0
     for cuts in combinations_with_replacement(range(len(layers) + 1), len(room)):
         runs = [layers[a:b] for a, b in pairwise((0, *cuts))]
         if all(not run or sum(run) <= left for run, left in zip(runs, room, strict=True)):
             best = max(best, *cuts, 0)
     return best
+
+
+def most_bound_layers(footprint: Footprint, asked: Request, layers: list[int], bound: dict[int | None, int]) -> int:
+    best = 0
+    for cuts in combinations_with_replacement(range(len(layers) + 1), len(asked.accelerators)):
+        runs = [range(a, b) for a, b in pairwise((0, *cuts))]
+        fits = all(
+            not run
+            or sum(layers[i] for i in run)
+            + footprint.activations.of(layer=True, experts=any(i in bound for i in run))
+            + budget.reserved
+            <= budget.limit
+            for run, budget in zip(runs, asked.accelerators, strict=True)
+        )
+        if fits:
+            best = max(best, *cuts, 0)
+    return best
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    layers=st.integers(1, 4),
+    sizes=st.tuples(st.integers(1, 30), st.integers(0, 10)),
+    each=st.integers(1, 60),
+    head=st.integers(0, 60),
+    limit=st.integers(0, 400),
+    mixture=st.booleans(),
+)
+def test_a_token_reads_as_little_from_slow_memory_as_can_be(
+    layers: int, sizes: tuple[int, int], each: int, head: int, limit: int, *, mixture: bool
+) -> None:
+    """Of all placements with the most layers on one accelerator, brute force finds none that reads less elsewhere."""
+    experts = dict.fromkeys(range(layers), each) if mixture else None
+    footprint = model(
+        [sizes] * layers,
+        experts=experts,
+        norm=0,
+        head=head,
+        layer_activations=7,
+        expert_activations=9,
+        head_activations=3,
+    )
+    asked = request(limit)
+    placed = place(footprint, asked)
+    found = sum(p.kind == "layer" and p.device == "cuda:0" for p in placed)
+    best = min(
+        slow_bytes(way, footprint)
+        for way in ways_to_place(footprint)
+        if sum(p.kind == "layer" and p.device == "cuda:0" for p in way) == found
+        and measure_use(way, footprint, asked.accelerators)[0].unused >= 0
+    )
+    assert slow_bytes(placed, footprint) == best
+
+
+def ways_to_place(footprint: Footprint) -> list[tuple[Placement, ...]]:
+    """Every way to put the first layers, any of their experts, and norm and head on one accelerator."""
+    numbers = [b.index for b in footprint.blocks if b.kind == "layer"]
+    ways = []
+    for count, *kept in product(range(len(numbers) + 1), *[(False, True)] * (len(numbers) + 1)):
+        fast = {b.name for b in footprint.blocks if b.kind == "layer" and (b.index or 0) < count}
+        fast |= {
+            b.name for b in footprint.blocks if b.kind == "experts" and (b.index or 0) < count and kept[b.index or 0]
+        }
+        fast |= {b.name for b in footprint.blocks if b.kind in ("norm", "head") and kept[-1] and count}
+        ways.append(
+            tuple(
+                Placement(b.name, b.kind, "cuda:0" if b.name in fast else "cpu", b.weights, b.kv_cache, "tried")
+                for b in footprint.blocks
+            )
+        )
+    return ways
+
+
+def test_experts_leave_before_the_rest_of_their_layers_and_come_back_last() -> None:
+    footprint = model([(10, 2)] * 3, experts={1: 40, 2: 40}, norm=0, head=20, embedding=60)
+    order = ["layers.0", "layers.1", "layers.2", "norm", "head", "layers.1.experts", "layers.2.experts", "embed"]
+    for limit, count in ((12, 1), (35, 2), (36, 4), (55, 4), (56, 5), (95, 5), (96, 6), (136, 7), (195, 7), (196, 8)):
+        placed = place(footprint, request(limit))
+        assert {p.block for p in placed if p.device == "cuda:0"} == set(order[:count]), limit
+    stays = {p.block: p.reason for p in place(footprint, request(96)) if p.device == "cpu"}
+    assert stays["layers.2.experts"] == (
+        "no accelerator has room left; a token reads few of its experts, so layers go first"
+    )
+
+
+def test_most_of_a_small_mixture_is_read_so_its_layers_stay_whole() -> None:
+    footprint = model([(10, 2)] * 3, experts={0: 20, 1: 20, 2: 20}, share=0.75, norm=0, head=0, embedding=0)
+    where = devices(place(footprint, request(64)))
+    assert [where[f"layers.{i}.experts"] for i in range(3)] == [where[f"layers.{i}"] for i in range(3)]
+    assert [where[f"layers.{i}"] for i in range(3)] == ["cuda:0", "cuda:0", "cpu"]
+
+
+def test_experts_without_room_beside_their_layer_go_to_another_accelerator() -> None:
+    footprint = model([(10, 0)] * 2, experts={0: 40, 1: 40}, norm=0, head=0, embedding=0)
+    where = devices(place(footprint, request(25, 45)))
+    assert (where["layers.0"], where["layers.1"]) == ("cuda:0", "cuda:0")
+    assert (where["layers.0.experts"], where["layers.1.experts"]) == ("cuda:1", "cpu")
+
+
+def test_the_disk_takes_experts_before_layers() -> None:
+    footprint = model([(10, 0)] * 2, experts={0: 40, 1: 40}, norm=0, head=0, embedding=0)
+    assert [p.block for p in place(footprint, request(cpu=60)) if p.device == DISK] == ["layers.1.experts"]
 
 
 @settings(max_examples=150, deadline=None)

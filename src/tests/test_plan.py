@@ -524,7 +524,7 @@ def test_json_is_plain_data_with_stable_keys(phi2: CheckpointIndex) -> None:
     assert data["device_map"] == made.device_map()
     assert list(data["devices"][0]) == [
         "device", "limit", "total", "weights", "kv_cache", "activations", "reserved", "layers", "mapped",
-        "used", "unused",
+        "experts", "used", "unused",
     ]  # fmt: skip
     assert data["placements"][1] == {
         "block": "model.layers.0",
@@ -555,4 +555,4 @@ def test_two_thousand_tensors(tmp_path: Path) -> None:
     assert len(index.tensors) == 2043
     made = plan(index, machine(10**8))
     assert made.rung.name == "planned"
-    assert len(made.placements) == 24 + 3
+    assert len(made.placements) == 2 * 24 + 3

@@ -85,7 +85,7 @@ class CheckpointIndex:
 
     @property
     def layers(self) -> tuple[Block, ...]:
-        """The repeated blocks, by their number."""
+        """The repeated blocks, by their number; without their experts, which are blocks of their own."""
         return tuple(block for block in self.blocks if block.kind == "layer")
 
     @property

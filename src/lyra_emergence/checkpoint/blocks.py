@@ -1,9 +1,10 @@
 """The blocks of a decoder in the order they run, found from the names and shapes of its tensors.
 
 Repeated layers are what the names number, whatever the architecture calls them: the first number in a name is the
-layer's, so experts and other numbered parts inside a layer stay in it. Of several numbered stacks (a vision tower
-beside a language model) the layers are the stack whose count config.json states for the language model, and among
-such stacks the largest. What lies outside the stacks is known by its role (`roles.py`).
+layer's, so other numbered parts inside a layer stay in it. The experts of a mixture are a block of their own beside the
+rest of their layer: a token reads a few of them, so they can wait in slower memory. Of several numbered stacks (a
+vision tower beside a language model) the layers are the stack whose count config.json states for the language model,
+and among such stacks the largest. What lies outside the stacks is known by its role (`roles.py`).
 
 A head is tied, and its weight counted once, where config.json says so or its model type does by default, or where no
 head is stored and config.json does not object. A copy that is stored although tied is taken for equal by its dtype and
@@ -25,14 +26,17 @@ from lyra_emergence.checkpoint.roles import Roles, Surroundings, find_roles
 from lyra_emergence.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from lyra_emergence.checkpoint.safetensors_header import TensorInfo
 
 __all__ = ["Block", "BlockKind", "find_blocks"]
 
-BlockKind = Literal["embedding", "layer", "norm", "head", "other"]
+BlockKind = Literal["embedding", "layer", "experts", "norm", "head", "other"]
 
+_EXPERTS = re.compile(r"(?P<module>.+?\.experts)\.")
+_ATTENTION = re.compile(r"\.[a-z_]*att(?:entio)?n[a-z_]*\.")
+"""A mixture within attention (JetMoe) runs in two halves around it, and is not called as a module."""
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
@@ -43,7 +47,7 @@ class Block:
     Attributes:
         name: Module path as the checkpoint names it, such as "model.layers.0".
         kind: Its role in the order of execution.
-        index: A layer's number, None for all others.
+        index: The number of a layer, or of the layer that experts belong to; None for all others.
         tensors: Names of its own tensors, in file order; a head that is tied and has no bias has none.
         nbytes: Bytes of its own tensors in the files.
         tied_to: Name of the block that holds its weight, None where it holds its own.
@@ -85,7 +89,7 @@ def find_blocks(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], wh
     stack = stacks.pop(prefix)
     _check_numbering(prefix, stack, where)
     total = _check_count(prefix, len(stack.layers), counts, extra, where)
-    layers = [_block(f"{prefix}.{i}", "layer", stack.layers[i], index=i) for i in range(total)]
+    layers = [block for i in range(total) for block in _layer(f"{prefix}.{i}", i, stack.layers[i])]
     others = [_block(f"{prefix}.{i}", "other", stack.layers[i]) for i in range(total, len(stack.layers))]
     others += [_block(f"{name}.{i}", "other", found) for name, s in stacks.items() for i, found in s.layers.items()]
     modules = _own_modules(loose, {block.name for block in (*layers, *others)})
@@ -98,6 +102,26 @@ def find_blocks(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], wh
     if not embeddings:
         embeddings = [_shared_embedding(prefix, head, tied, where)]
     return (*embeddings, *others, *layers, *norms, head)
+
+
+def _layer(name: str, index: int, tensors: Sequence[TensorInfo]) -> Iterator[Block]:
+    """Yield a layer without its experts, then these, in file order."""
+    experts: dict[str, list[TensorInfo]] = {}
+    rest: list[TensorInfo] = []
+    for tensor in tensors:
+        module = _experts_of(tensor.name, name)
+        (rest if module is None else experts.setdefault(module, [])).append(tensor)
+    yield _block(name, "layer", rest, index=index)
+    for module, held in experts.items():
+        yield _block(module, "experts", held, index=index)
+
+
+def _experts_of(tensor: str, layer: str) -> str | None:
+    """Return the module of the experts that a layer's tensor belongs to, if it does."""
+    if ".experts." not in tensor:
+        return None
+    found = _EXPERTS.match(tensor)
+    return found["module"] if found and not _ATTENTION.search(tensor, len(layer)) else None
 
 
 def _split(tensors: Iterable[TensorInfo]) -> tuple[dict[str, _Stack], _Modules]:

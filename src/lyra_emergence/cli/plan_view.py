@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Final
 
 from lyra_emergence.errors import ConfigError
+from lyra_emergence.placement import DISK
 from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
@@ -34,7 +35,13 @@ def summary(plan: Plan, name: str) -> str:
     uses = [use for use in plan.devices if use.layers]
     first, *others = [f"{use.layers} on {use.device}" for use in uses] or ["nothing"]
     placed = f"on {uses[0].device}" if len(uses) == 1 else ", ".join((first.replace(" on", " layers on"), *others))
+    placed += "".join(f", experts of {use.experts} on {use.device}" for use in _holders_of_experts(plan))
     return f"{name}: {format_bytes(plan.footprint.weights)} of weights, {placed}, context {plan.context_length}"
+
+
+def _holders_of_experts(plan: Plan) -> list[DeviceUse]:
+    """Return the devices that hold experts of more layers than they hold layers: experts placed apart."""
+    return [use for use in plan.devices if use.experts > use.layers]
 
 
 def explain_block(plan: Plan, name: str) -> str:
@@ -107,7 +114,8 @@ def _device(use: DeviceUse, plan: Plan, console: Console) -> Iterator[str]:
     fills = _FILLS if console.can_show("".join(_FILLS)) else _ASCII_FILLS
     amounts = (use.weights, use.kv_cache, use.activations, use.reserved)
     if use.limit == 0:
-        yield f"{label}  {format_bytes(use.used)}, read from the file as it is used"
+        on_disk = f"{format_bytes(use.used)}, read from the file as it is used"
+        yield f"{label}  {on_disk if use.device == DISK else 'nothing free that may be used'}"
         return
     figures = f"{format_bytes(use.used)} of {format_bytes(use.limit)}"
     # "999 MB of 99.9 GB" is as long as figures get; one width keeps the bars of all devices comparable.
@@ -147,14 +155,25 @@ def _flow(parts: list[str], indent: str, width: int) -> Iterator[str]:
 
 
 def _strip(plan: Plan, console: Console) -> Iterator[str]:
-    layers = [p for p in plan.placements if p.kind == "layer"]
-    if layers:
-        digits = len(str(len(layers) - 1))
-        row = max(8, (console.width - digits - 12) // 8 * 8)
-        for start in range(0, len(layers), row):
-            title = "layers " if start == 0 else " " * 7
-            cells = "".join(_cell(p, plan, console) for p in layers[start : start + row])
-            yield f"{title}{start:>{digits}} {cells}"
+    layers: list[Placement] = []
+    experts: list[Placement | None] = []
+    for placement in plan.placements:
+        if placement.kind == "layer":
+            layers.append(placement)
+            experts.append(None)
+        elif placement.kind == "experts" and experts:
+            experts[-1] = placement
+    apart = _holders_of_experts(plan)
+    digits = len(str(max(0, len(layers) - 1)))
+    strips: dict[str, list[str | None]] = {"layers": [layer.device for layer in layers]}
+    if apart:
+        strips["experts"] = [placement.device if placement else None for placement in experts]
+    wide = max(map(len, strips))
+    row = max(8, (console.width - wide - digits - 6) // 8 * 8)
+    for start in range(0, len(layers), row):
+        for title, devices in strips.items():
+            cells = "".join(_cell(device, plan, console) for device in devices[start : start + row])
+            yield f"{title if start == 0 else '':<{wide}} {start:>{digits}} {cells}".rstrip()
     for use in plan.devices:
         held = _held(plan, use.device)
         if held:
@@ -162,34 +181,46 @@ def _strip(plan: Plan, console: Console) -> Iterator[str]:
             yield from _hanging(lead, len(lead), held, console.width)
 
 
-def _cell(placement: Placement, plan: Plan, console: Console) -> str:
-    style = _device_style(placement.device, plan)
-    return console.style(_symbol(placement.device), style, stream=console.stdout)
+def _cell(device: str | None, plan: Plan, console: Console) -> str:
+    if device is None:
+        return " "
+    return console.style(_symbol(device), _device_style(device, plan), stream=console.stdout)
 
 
 def _held(plan: Plan, device: str) -> str:
-    """Return what a device holds in execution order: "embedding, layers 0-15"."""
-    parts: list[str] = []
-    number, first, last = 0, None, 0
+    """Return what a device holds in execution order: "embedding, layers 0-15", "experts of layers 2-15"."""
+    before: list[str] = []
+    behind: list[str] = []
+    layers: list[int] = []
+    experts: list[int] = []
+    number = -1
     for placement in plan.placements:
-        here = placement.device == device
-        if placement.kind == "layer":
-            if here:
-                first, last = (number if first is None else first), number
-            number += 1
+        number += placement.kind == "layer"
+        if placement.device != device:
             continue
-        if first is not None:
-            parts.append(_layer_range(first, last))
-            first = None
-        if here:
-            parts.append(placement.kind if placement.kind != "other" else placement.block)
-    if first is not None:
-        parts.append(_layer_range(first, last))
-    return ", ".join(parts)
+        if placement.kind == "layer":
+            layers.append(number)
+        elif placement.kind == "experts":
+            experts.append(number)
+        else:
+            named = placement.kind if placement.kind != "other" else placement.block
+            (before if number < 0 else behind).append(named)
+    held = [_ranges("layer", layers)] if layers else []
+    if experts and _holders_of_experts(plan):
+        held.append(_ranges("experts of layer", sorted(set(experts))))
+    return ", ".join((*before, *held, *behind))
 
 
-def _layer_range(first: int, last: int) -> str:
-    return f"layer {first}" if first == last else f"layers {first}-{last}"
+def _ranges(noun: str, numbers: list[int]) -> str:
+    """Return "layers 0-3, 7" for [0, 1, 2, 3, 7]."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    listed = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"{noun}{'s'[: len(numbers) > 1]} {listed}"
 
 
 def _ladder(plan: Plan, console: Console) -> Iterator[str]:

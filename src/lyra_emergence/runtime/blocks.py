@@ -103,18 +103,29 @@ class PlacedBlock:
     Attributes:
         name: The name that the plan uses.
         module: The module itself; None for the rest block.
+        around: The name of the block whose module this one's lies in, such as the layer of experts; else None.
         device: Where its tensors are: torch's device name.
     """
 
     def __init__(
-        self, name: str, module: nn.Module | None, slots: Sequence[_Slot], copies: _Copies, form: LoadedForm
+        self,
+        name: str,
+        module: nn.Module | None,
+        slots: Sequence[_Slot],
+        copies: _Copies,
+        form: LoadedForm,
+        *,
+        around: str | None = None,
     ) -> None:
         self.name = name
         self.module = module
+        self.around = around
         self.device = "cpu"
         self._copies = copies
         self._form = form
-        self._projections = tuple(_projections(module)) if module is not None and form.quantization else ()
+        own = {id(slot.home) for slot in slots}
+        found = _projections(module) if module is not None and form.quantization else ()
+        self._projections = tuple(p for p in found if all(id(home) in own for home in p.home.parameters()))
         packed = {id(parameter) for p in self._projections for parameter in p.home.parameters()}
         self._slots = tuple(slot for slot in slots if id(slot.home) not in packed)
         self._at_home = True
@@ -186,14 +197,17 @@ def split_into_blocks(model: nn.Module, names: Iterable[tuple[str, str]], form: 
 
     Returns:
         The plan's blocks in order, without those "other" ones that the model does not build (a vision tower, layers
-        for multi-token prediction), then the rest block.
+        for multi-token prediction), then the rest block. Experts without a module of their own stay with their layer.
 
     Raises:
         CheckpointError: A block of the checkpoint has no module in the model.
     """
     kinds = dict(names)
-    found = {name: _find_module(model, name, kind) for name, kind in kinds.items()}
-    modules = {name: place for name, place in found.items() if place is not None}
+    modules: dict[str, tuple[str, nn.Module]] = {}
+    for name, kind in kinds.items():
+        place = _find_experts(name, modules) if kind == "experts" else _find_module(model, name, kind)
+        if place is not None:
+            modules[name] = place
     owners = {path: name for name, (path, _) in modules.items()}
     slots: dict[str, list[_Slot]] = {name: [] for name in (*modules, REST)}
     for path, slot in _slots(model):
@@ -201,8 +215,15 @@ def split_into_blocks(model: nn.Module, names: Iterable[tuple[str, str]], form: 
     copies = _Copies(form)
     plain = LoadedForm(form.dtype, form.stored, None)
     blocks = [
-        PlacedBlock(name, module, slots[name], copies, form if kinds[name] == "layer" else plain)
-        for name, (_, module) in modules.items()
+        PlacedBlock(
+            name,
+            module,
+            slots[name],
+            copies,
+            form if kinds[name] == "layer" else plain,
+            around=_owner(path, owners) or None,
+        )
+        for name, (path, module) in modules.items()
     ]
     return (*blocks, PlacedBlock(REST, None, slots[REST], copies, plain))
 
@@ -224,6 +245,18 @@ def _find_module(model: nn.Module, name: str, kind: str) -> tuple[str, nn.Module
         f"the checkpoint's block '{name}' has no module in {type(model).__name__}",
         hint="check that config.json's architecture is the one that the weights were saved from",
     )
+
+
+def _find_experts(name: str, modules: dict[str, tuple[str, nn.Module]]) -> tuple[str, nn.Module] | None:
+    """Find a layer's experts within its module: transformers may call what is between them otherwise."""
+    layer = next((known for known in reversed(modules) if name.startswith(f"{known}.")), None)
+    if layer is None:
+        return None
+    path, around = modules[layer]
+    inside = name.removeprefix(f"{layer}.")
+    places = {place: module for place, module in around.named_modules() if place.rpartition(".")[2] == "experts"}
+    chosen = inside if inside in places else next(iter(places)) if len(places) == 1 else None
+    return None if chosen is None else (f"{path}.{chosen}", places[chosen])
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, _Slot]]:

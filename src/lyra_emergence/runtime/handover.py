@@ -1,8 +1,9 @@
 """Handing tensors from the device of one block to the device of the next.
 
 Each block's inputs are moved to where the block computes; its output stays there until the next block asks for it, so
-that the hidden state crosses a bus only where the plan does. Keys and values are made, and stay, where their block
-computes. Masks and rotary tables, which every layer gets, are moved once per forward and device.
+that the hidden state crosses a bus only where the plan does. What experts apart from their layer make goes back to it.
+Keys and values are made, and stay, where their block computes. Masks and rotary tables, which every layer gets, are
+moved once per forward and device.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import nn
     from torch.utils.hooks import RemovableHandle
@@ -41,9 +42,12 @@ class Handover:
         self.disconnect()
         if len({block.device for block in blocks}) == 1:
             return
+        devices = {block.name: block.device for block in blocks}
         for block in blocks:
             if block.module is not None and block.module is not self._model:
-                self._attach(block.module, block.device)
+                outside = devices.get(block.around or "", block.device)
+                for module in _called(block.module):
+                    self._attach(module, block.device, outside if block.around else None)
         self._handles.append(self._model.register_forward_pre_hook(self._enter(entry), with_kwargs=True))
         self._handles.append(self._model.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
 
@@ -54,13 +58,23 @@ class Handover:
         self._handles.clear()
         self._moved.clear()
 
-    def _attach(self, module: nn.Module, name: str) -> None:
+    def _attach(self, module: nn.Module, name: str, back: str | None) -> None:
         device = torch.device(name)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             return _move(args, device), {key: self._move_shared(value, device) for key, value in kwargs.items()}
 
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if back is not None and back != name:
+            self._return(module, torch.device(back))
+
+    def _return(self, module: nn.Module, device: torch.device) -> None:
+        """Let what a module within a block makes go on where the rest of that block computes."""
+
+        def after(_: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+            return _move(output, device)
+
+        self._handles.append(module.register_forward_hook(after))
 
     def _move_shared(self, value: Any, device: torch.device) -> Any:
         if type(value) in (tuple, list):
@@ -89,6 +103,14 @@ class Handover:
         if isinstance(source, torch.Tensor) and isinstance(logits, torch.Tensor):
             output.logits = logits.to(source.device)
         return output
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield what a forward pass calls: a list of modules is not called, its parts are."""
+    if isinstance(module, torch.nn.ModuleList):
+        yield from module
+    else:
+        yield module
 
 
 def _move(value: Any, device: torch.device) -> Any:

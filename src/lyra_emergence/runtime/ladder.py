@@ -178,8 +178,10 @@ class Ladder:
             self._blocks[name].release()
         if leaving:
             give_back()
-        # Accelerators first: what is left to the CPU is decided once they are full.
-        for name in sorted(wanted, key=lambda name: wanted[name] == CPU):
+        # Accelerators first: what is left to the CPU is decided once they are full. Experts that are placed apart from
+        # their layers follow these: where memory runs out, they are the ones to stay behind.
+        last = {p.block for p in placements if p.kind == "experts"} if _are_apart(placements) else set()
+        for name in sorted(wanted, key=lambda name: (wanted[name] == CPU, name in last)):
             yield name, wanted[name]
 
     def _reserves(self, placements: Sequence[Placement]) -> Iterator[tuple[str, int]]:
@@ -203,3 +205,14 @@ class Ladder:
         message = f"out of memory on {failure.device} while loading '{self._plan.model}': {failure.reason}"
         needed = free + failure.bytes_short
         return DoesNotFitError(message, needed=needed, available=free, device=failure.device, hint=hint)
+
+
+def _are_apart(placements: Sequence[Placement]) -> bool:
+    """Return whether some experts are on another device than their layer, which stands before them."""
+    layer = ""
+    for placement in placements:
+        if placement.kind == "layer":
+            layer = placement.device
+        elif placement.kind == "experts" and placement.device != layer:
+            return True
+    return False

@@ -182,15 +182,20 @@ def _count(model: Any, context: int, batch: int, chunk: int) -> Trial:
     head = 2 * hidden + max(logits, 2 * hidden * _FLOAT32 // model.dtype.itemsize)
     full = sum(layers)
     (earlier, held), *later = passes
+    in_layer, in_earlier = max(0, *(peak - full for peak, _ in later)) + tables, max(0, earlier - held) + tables
     filled = min(1.0, held / full) if full else 1.0
     return Trial(
         kv_cache=_by_layer(layers, int(getattr(config, "num_hidden_layers", len(layers)))),
         activations=Activations(
             embedding=2 * hidden,
-            layer=max(0, *(peak - full for peak, _ in later)) + tables,
+            layer=in_layer,
             head=head,
-            earlier=max(0, earlier - held) + tables,
+            earlier=in_earlier,
             filled=filled,
+            # The count does not tell a layer's experts from the rest of it.
+            experts=in_layer,
+            earlier_experts=in_earlier,
+            experts_alone=max(in_layer, in_earlier),
         ),
     )
 

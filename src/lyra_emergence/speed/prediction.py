@@ -163,7 +163,11 @@ def _works(
             work.plain += read
         work.layers += is_layer
         # Of a chunk of prefill, the head sees the last token only.
-        work.products += is_layer * read / (_PACKED_BYTES[packing] if packing else _ITEM_BYTES[footprint.dtype])
+        work.products += (
+            (is_layer or placement.kind == "experts")
+            * read
+            / (_PACKED_BYTES[packing] if packing else _ITEM_BYTES[footprint.dtype])
+        )
     return works
 
 
