@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.checkpoint import CheckpointIndex, read_checkpoint
+from lyra_emergence.checkpoint.architecture import whole_number
 from lyra_emergence.checkpoint.safetensors_header import DTYPE_BITS
 
 if TYPE_CHECKING:
@@ -83,20 +84,6 @@ def llama(
     config: Mapping[str, Any] | None = None,
 ) -> CheckpointIndex:
     """A Llama of any size; `config` adds to config.json or overrides it. Llama 2 7B: 32, 4096, 11008, 32, 32, 32000."""
-    width = hidden // heads
-    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
-    for i in range(layers):
-        layer = f"model.layers.{i}"
-        shapes[f"{layer}.self_attn.q_proj.weight"] = shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, hidden)
-        shapes[f"{layer}.self_attn.k_proj.weight"] = (key_heads * width, hidden)
-        shapes[f"{layer}.self_attn.v_proj.weight"] = (key_heads * width, hidden)
-        shapes[f"{layer}.mlp.gate_proj.weight"] = shapes[f"{layer}.mlp.up_proj.weight"] = (inner, hidden)
-        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
-        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
-    shapes["model.norm.weight"] = (hidden,)
-    if not tied:
-        shapes["lm_head.weight"] = (vocab, hidden)
     settings: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -110,7 +97,23 @@ def llama(
     }
     if context is not None:
         settings["max_position_embeddings"] = context
-    return write_paper(directory, shapes, {**settings, **(config or {})}, dtype=dtype)
+    settings |= config or {}
+    width = whole_number(settings, "head_dim") or hidden // heads
+    keys = (whole_number(settings, "num_key_value_heads") or heads) * width
+    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        shapes[f"{layer}.self_attn.q_proj.weight"] = (heads * width, hidden)
+        shapes[f"{layer}.self_attn.k_proj.weight"] = shapes[f"{layer}.self_attn.v_proj.weight"] = (keys, hidden)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, heads * width)
+        shapes[f"{layer}.mlp.gate_proj.weight"] = shapes[f"{layer}.mlp.up_proj.weight"] = (inner, hidden)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
+        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+    shapes["model.norm.weight"] = (hidden,)
+    if not tied:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return write_paper(directory, shapes, settings, dtype=dtype)
 
 
 def experts(directory: Path, *, layers: int = 24, each: int = 26) -> CheckpointIndex:

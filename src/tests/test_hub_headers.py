@@ -79,7 +79,7 @@ def test_the_token_goes_to_the_hub_and_to_no_other_host(
 def test_a_server_that_ignores_ranges_is_cut_off(hub: StandInHub, tmp_path: Path) -> None:
     from .paper_checkpoints import write_paper
 
-    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 4000}
+    config = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 1, "vocab_size": 4000}
     shapes = {"model.embed_tokens.weight": (4000, 4096), "model.layers.0.w.weight": (4096, 4096)}
     local = write_paper(tmp_path / "m", shapes, config | {"tie_word_embeddings": True})
     hub.add(ID, tmp_path / "m")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lyra_emergence.bundled import BUNDLED_ID, bundled_directory
 from lyra_emergence.checkpoint.architecture import context_length, language_config
 from lyra_emergence.checkpoint.blocks import Block, find_blocks
+from lyra_emergence.checkpoint.consistency import check_sizes
 from lyra_emergence.checkpoint.files import CheckpointFiles, FolderFiles
 from lyra_emergence.checkpoint.json_files import DAMAGED, read_object, shown
 from lyra_emergence.checkpoint.safetensors_header import TensorInfo
@@ -159,6 +160,7 @@ def read_files(files: CheckpointFiles, directory: Path, label: str = "") -> Chec
     if not tensors:
         raise CheckpointError(f"{files.where()}: the weights hold no tensor", hint=DAMAGED)
     blocks = find_blocks(tensors, config, files.where())
+    check_sizes(tensors, blocks, config, files.where())
     return CheckpointIndex(directory, config, tensors, blocks, label=label)
 
 
