@@ -397,6 +397,8 @@ def _remedy(config: ModelConfig, footprint: Footprint, request: Request) -> str:
     tries = []
     if footprint.context_length > SHORTEST_CONTEXT:
         tries.append(f"a shorter context (--context {max(SHORTEST_CONTEXT, footprint.context_length // 4)})")
+    if footprint.batch > 1:
+        tries.append("fewer sequences at once (--batch)")
     # Packed weights cannot stay on disk: they help only where the weights have to be in memory anyway.
     in_memory = not all(block.mapped for block in footprint.blocks) or request.whole_on is not None
     if in_memory and footprint.quantization != "4bit":

@@ -83,3 +83,25 @@ def odd_sizes(model_type: str) -> dict[str, Any]:
     if model_type in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"):
         sizes |= {"num_experts": 5, "num_local_experts": 5, "moe_intermediate_size": 36, "mlp_only_layers": [0]}
     return sizes
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "told"),
+    [
+        ("T5ForConditionalGeneration", {"is_encoder_decoder": True}, "an encoder and a decoder (T5ForConditional"),
+        ("BertForMaskedLM", {}, "a model that fills gaps in a text (BertForMaskedLM), not one that continues it"),
+    ],
+)
+def test_models_of_another_kind_are_refused(
+    architecture: str, config: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    shapes = {"model.layers.0.w.weight": (4, 4), "lm_head.weight": (4, 4)}
+    with pytest.raises(CheckpointError) as caught:
+        write_paper(tmp_path / "model", shapes, {"architectures": [architecture], **config})
+    assert str(caught.value).startswith(f"{tmp_path / 'model'}: {told}")
+    assert caught.value.hint == "take a causal language model, whose architecture is called ...ForCausalLM"
+
+
+def test_a_decoder_made_of_a_masked_model_is_taken(tmp_path: Path) -> None:
+    shapes = {"model.embed_tokens.weight": (4, 4), "model.layers.0.w.weight": (4, 4), "lm_head.weight": (4, 4)}
+    write_paper(tmp_path / "model", shapes, {"architectures": ["BertForMaskedLM"], "is_decoder": True})

@@ -377,6 +377,17 @@ def test_the_middle_rung_has_the_documented_map(checkpoints: Checkpoints, sim: S
     ]
 
 
+def test_the_middle_rung_places_the_layers_of_a_mixture_whole(
+    checkpoints: Checkpoints, sim: SimulatedAccelerator
+) -> None:
+    loader = Recorder(out_of_memory(), out_of_memory())
+    config = ModelConfig(gpu_layers_fallback=2, dtype="float32")
+    assert safe_load_model_with_config(loader, config, str(checkpoints("mixtral"))) == "the model"
+    devices = loader.keywords[1]["device_map"]
+    assert [devices[f"model.layers.{i}"] for i in range(4)] == [0, 0, "cpu", "cpu"]
+    assert not any("experts" in name for name in devices)
+
+
 def test_the_middle_rung_names_modules_as_the_model_does(
     checkpoints: Checkpoints, sim: SimulatedAccelerator, tmp_path: Path
 ) -> None:

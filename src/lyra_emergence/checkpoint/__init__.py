@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lyra_emergence.bundled import BUNDLED_ID, bundled_directory
 from lyra_emergence.checkpoint.architecture import context_length, language_config
 from lyra_emergence.checkpoint.blocks import Block, find_blocks
-from lyra_emergence.checkpoint.consistency import check_sizes
+from lyra_emergence.checkpoint.consistency import check_kind, check_sizes
 from lyra_emergence.checkpoint.files import CheckpointFiles, FolderFiles
 from lyra_emergence.checkpoint.json_files import DAMAGED, read_object, shown
 from lyra_emergence.checkpoint.safetensors_header import TensorInfo
@@ -156,6 +156,7 @@ def read_files(files: CheckpointFiles, directory: Path, label: str = "") -> Chec
     if not files.exists(CONFIG_FILE):
         raise _not_a_checkpoint(files, f"has no {CONFIG_FILE}")
     config = files.read_object(CONFIG_FILE, limit=_MAX_CONFIG_BYTES, strict=False)
+    check_kind(config, files.where())
     tensors = _read_tensors(files, config)
     if not tensors:
         raise CheckpointError(f"{files.where()}: the weights hold no tensor", hint=DAMAGED)

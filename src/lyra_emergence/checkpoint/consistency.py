@@ -1,7 +1,7 @@
-"""Whether config.json's sizes are those of the tensors: what transformers would find out when it has read them.
+"""Whether config.json describes a causal model, and sizes that are those of the tensors.
 
-Looked at are model types of which the shapes are known to follow from config.json, and sizes that it states; a default
-of transformers is taken for none. Packed weights have shapes of their own and are left alone.
+Sizes are compared for model types of which the shapes are known to follow from config.json, where it states them: a
+default of transformers is taken for none. Packed weights have shapes of their own and are left alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lyra_emergence.checkpoint.blocks import Block
     from lyra_emergence.checkpoint.safetensors_header import TensorInfo
 
-__all__ = ["CHECKED_TYPES", "check_sizes"]
+__all__ = ["CHECKED_TYPES", "check_kind", "check_sizes"]
 
 CHECKED_TYPES = frozenset(
     """
@@ -39,6 +39,7 @@ _OWN_HEAD_WIDTH = frozenset({"gemma", "gemma2", "gemma3_text", "glm4", "qwen3", 
 """Types whose heads have a width of their own where config.json does not state it."""
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _MATRIX = 2
+_HINT = "take a causal language model, whose architecture is called ...ForCausalLM"
 
 _INPUTS = re.compile(
     r"(?:self_attn\.(?:[qkv]|qkv)_proj|query_key_value|mlp\.(?:gate|up|gate_up)_proj|c_fc|fc1|dense_h_to_4h)\.weight$"
@@ -66,6 +67,23 @@ class _Size:
         means = f", heads of {self.unit} and so {self.value * self.unit} rows" if self.unit > 1 else ""
         return (
             f"'{self.key}' is {self.value}{means}, but tensor '{self.tensor.name}' has shape {list(self.tensor.shape)}"
+        )
+
+
+def check_kind(config: Mapping[str, Any], where: str) -> None:
+    """Check that config.json describes a model that continues text.
+
+    Raises:
+        CheckpointError: It describes one with an encoder of its own, or one that fills gaps.
+    """
+    names = config.get("architectures")
+    named = f" ({names[0]})" if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    text = language_config(config)
+    if config.get("is_encoder_decoder") is True:
+        raise CheckpointError(f"{where}: an encoder and a decoder{named}, where Lyra runs decoders alone", hint=_HINT)
+    if named.endswith("ForMaskedLM)") and text.get("is_decoder") is not True:
+        raise CheckpointError(
+            f"{where}: a model that fills gaps in a text{named}, not one that continues it", hint=_HINT
         )
 
 

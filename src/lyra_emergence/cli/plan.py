@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["PlanRequest", "make_plan_for", "measure_machine", "run_plan", "speed_of"]
 
+_LEAST_PLAIN = 1_000_000
+"""Bytes below which a size without a unit is a slip."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
@@ -154,6 +157,8 @@ def _size(written: str, option: str) -> int:
         raise ConfigError(f"in '{option}': {error}") from None
     if size <= 0:
         raise ConfigError(f"in '{option}': {written} holds nothing; write a size such as 24GB")
+    if written.strip().isdecimal() and size < _LEAST_PLAIN:
+        raise ConfigError(f"in '{option}': {written} is {written} bytes; write the unit, such as {written.strip()}GB")
     return size
 
 

@@ -17,10 +17,11 @@ from lyra_emergence.machine import Machine, probe_machine
 from lyra_emergence.plan import hf_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from lyra_emergence.config import ModelConfig
+    from lyra_emergence.placement import Placement
 
 __all__ = ["call_or_cpu", "call_with_fallback"]
 
@@ -151,13 +152,27 @@ def _middle_rung(call: LoaderCall, config: ModelConfig, machine: Machine) -> dic
             return None
         plan = make_plan(config.model_copy(update={"device_map": "auto"}), read_checkpoint(directory), machine)
         placements = plan.with_layers(config.gpu_layers_fallback)
-        if not any(p.kind == "layer" and p.device not in ("cpu", "disk") for p in placements):
+        devices = _whole_layers(placements)
+        if not any(p.kind == "layer" and devices[p.block] != "cpu" for p in placements):
             return None
-        # What the plan leaves on disk is mapped from there on the CPU.
-        devices = {p.block: hf_device("cpu" if p.device == "disk" else p.device) for p in placements}
         return _by_module(devices, directory, config)
     except (LyraError, OSError, ValueError):
         return None  # a checkpoint of another kind than a causal language model's: its loader knows it, this does not
+
+
+def _whole_layers(placements: Sequence[Placement]) -> dict[str, int | str]:
+    """Return the map with layers whole, which is how transformers places them: on the CPU where their experts are."""
+    devices: dict[str, int | str] = {}
+    layer = ""
+    for placement in placements:
+        # What the plan leaves on disk is mapped from there on the CPU.
+        device = "cpu" if placement.device == "disk" else placement.device
+        if placement.kind == "experts":
+            devices[layer] = "cpu" if device == "cpu" else devices[layer]
+            continue
+        layer = placement.block if placement.kind == "layer" else layer
+        devices[placement.block] = hf_device(device)
+    return devices
 
 
 def _by_module(devices: Mapping[str, int | str], directory: Path, config: ModelConfig) -> dict[str, int | str]:
