@@ -75,7 +75,7 @@ def odd_sizes(model_type: str) -> dict[str, Any]:
     sizes: dict[str, Any] = {"vocab_size": 211, "num_hidden_layers": 2, "num_attention_heads": 6, "hidden_size": 84}
     sizes |= {"pad_token_id": 0, "intermediate_size": 130}
     if model_type == "opt":
-        return sizes | {"ffn_dim": 130, "word_embed_proj_dim": 48}
+        return sizes | {"ffn_dim": 131, "word_embed_proj_dim": 48}
     if model_type not in ("gpt_neox", "opt"):
         sizes["num_key_value_heads"] = 3
     if model_type in ("gemma", "gemma2", "gemma3_text", "glm4", "qwen3", "qwen3_moe"):

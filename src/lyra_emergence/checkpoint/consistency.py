@@ -29,12 +29,12 @@ CHECKED_TYPES = frozenset(
 )
 """Model types of transformers 5.23 whose tensors have the shapes that this module expects."""
 
-_HIDDEN = ("hidden_size", "n_embd", "d_model")
-_HEADS = ("num_attention_heads", "n_head")
-_KEY_HEADS = ("num_key_value_heads",)
-_INNER = ("intermediate_size", "ffn_dim", "n_inner")
-_EXPERTS = ("num_local_experts", "num_experts")
-_VOCABULARY = ("vocab_size",)
+_KEYS_BY_TYPE = {
+    "gpt2": {"hidden_size": "n_embd", "intermediate_size": "n_inner", "num_attention_heads": "n_head"},
+    "opt": {"intermediate_size": "ffn_dim"},
+    "mixtral": {"num_experts": "num_local_experts"},
+}
+"""What a type calls a size where it has a name of its own: any other name may stand in config.json, and is not read."""
 _OWN_HEAD_WIDTH = frozenset({"gemma", "gemma2", "gemma3_text", "glm4", "qwen3", "qwen3_moe"})
 """Types whose heads have a width of their own where config.json does not state it."""
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -124,42 +124,41 @@ def check_sizes(
 def _of_embedding(tensor: TensorInfo, config: Mapping[str, Any]) -> Iterator[_Size]:
     if not tensor.name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight")):
         return  # a table of positions
-    yield from _stated(config, _VOCABULARY, tensor, 0)
+    yield from _stated(config, "vocab_size", tensor, 0)
     if "word_embed_proj_dim" not in config:
-        yield from _stated(config, _HIDDEN, tensor, 1)
+        yield from _stated(config, "hidden_size", tensor, 1)
 
 
 def _of_layer(tensor: TensorInfo, config: Mapping[str, Any]) -> Iterator[_Size]:
     name, transposed = tensor.name, config.get("model_type") == "gpt2"
     if _INPUTS.search(name):
-        yield from _stated(config, _HIDDEN, tensor, 0 if transposed else 1)
+        yield from _stated(config, "hidden_size", tensor, 0 if transposed else 1)
     if _INNER_ROWS.search(name):
-        yield from _stated(config, _INNER, tensor, 1 if transposed else 0)
+        yield from _stated(config, "intermediate_size", tensor, 1 if transposed else 0)
     if _ROUTER.search(name):
-        yield from _stated(config, _EXPERTS, tensor, 0)
+        yield from _stated(config, "num_experts", tensor, 0)
     width = _head_width(config)
     if width and _QUERIES.search(name):
-        yield from _stated(config, _HEADS, tensor, 0, width)
+        yield from _stated(config, "num_attention_heads", tensor, 0, width)
     if width and _KEYS.search(name):
-        yield from _stated(config, _KEY_HEADS, tensor, 0, width)
+        yield from _stated(config, "num_key_value_heads", tensor, 0, width)
 
 
-def _stated(
-    config: Mapping[str, Any], keys: tuple[str, ...], tensor: TensorInfo, axis: int, unit: int = 1
-) -> Iterator[_Size]:
-    key = _named(config, keys)
-    if key is not None:
-        yield _Size(key, config[key], tensor, axis, unit)
+def _stated(config: Mapping[str, Any], size: str, tensor: TensorInfo, axis: int, unit: int = 1) -> Iterator[_Size]:
+    key = _key(config, size)
+    value = whole_number(config, key)
+    if value is not None:
+        yield _Size(key, value, tensor, axis, unit)
 
 
-def _named(config: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
-    return next((key for key in keys if whole_number(config, key) is not None), None)
+def _key(config: Mapping[str, Any], size: str) -> str:
+    return _KEYS_BY_TYPE.get(str(config.get("model_type")), {}).get(size, size)
 
 
 def _head_width(config: Mapping[str, Any]) -> int | None:
     """Return a head's width as config.json states it, else its share of the hidden size where the type has no own."""
     stated = whole_number(config, "head_dim")
-    hidden, heads = _named(config, _HIDDEN), _named(config, _HEADS)
+    hidden, heads = (whole_number(config, _key(config, size)) for size in ("hidden_size", "num_attention_heads"))
     if stated or hidden is None or heads is None or config.get("model_type") in _OWN_HEAD_WIDTH:
         return stated
-    return int(config[hidden]) // int(config[heads])
+    return hidden // heads
