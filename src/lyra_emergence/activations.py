@@ -118,8 +118,9 @@ def _in_a_pass(shape: ModelShape, tokens: int, context: int, batch: int) -> Acti
     head = 2 * hidden + max(logits, 2 * rows * shape.hidden * _FLOAT32)
     in_layer = max(
         _attention(shape, tokens, context, batch),
+        _turning(shape, rows),
         _growing_cache(shape, rows, context, batch),
-        hidden + shape.mlp_copies * rows * shape.intermediate * shape.itemsize,
+        shape.mlp_copies * rows * shape.intermediate * shape.itemsize + (-hidden if shape.mlp_inline else hidden),
         3 * rows * shape.hidden * _FLOAT32,
     )
     throughout = _throughout(shape, tokens, context, batch) + batch * tokens * narrow * _BOOL
@@ -149,7 +150,7 @@ def _attention(shape: ModelShape, tokens: int, context: int, batch: int) -> int:
     queries = rows * shape.heads * (shape.key_width + shape.value_width)
     # New keys and values are in the cache by then, unless they share a tensor with the queries or are turned in parts.
     new = rows * shape.key_heads * (shape.key_width + shape.value_width)
-    projected = 2 * new + rows * shape.heads * shape.key_width if shape.queries_twice or shape.latent else 0
+    projected = new + rows * shape.heads * shape.key_width if shape.queries_twice or shape.latent else 0
     repeated = 0
     if shape.latent:
         # Expanded from the latent for every head, and the keys once more, joined with their rotary part.
@@ -159,6 +160,19 @@ def _attention(shape: ModelShape, tokens: int, context: int, batch: int) -> int:
         repeated = batch * context * shape.heads * (shape.key_width + shape.value_width)
     mask = batch * tokens * context if masked else 0
     return (queries + projected + repeated + mask) * shape.itemsize
+
+
+def _turning(shape: ModelShape, rows: int) -> int:
+    """Queries, keys and values as projected, and what turns the first two by position, one after the other."""
+    if shape.latent or shape.learned_positions:
+        return 0
+    queries, keys = shape.heads * shape.key_width, shape.key_heads * shape.key_width
+    projected = queries + keys + shape.key_heads * shape.value_width
+    # Times cosine, halves exchanged, these times sine; a part that turns is then joined with the part that does not.
+    turned: float = max(3 * queries, queries + 3 * keys)
+    if shape.turned_share < 1:
+        turned = max(shape.turned_share * turned, (1 + shape.turned_share) * (queries + keys))
+    return int(rows * (projected + turned) * shape.itemsize)
 
 
 def _is_masked(shape: ModelShape, tokens: int, context: int) -> bool:

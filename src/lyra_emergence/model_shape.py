@@ -31,7 +31,7 @@ class ModelShape:
 
     Attributes:
         hidden: Width of the hidden state.
-        intermediate: Width of a dense layer's MLP.
+        intermediate: Width of a dense layer's MLP; 0 where every layer has experts instead.
         heads: Query heads.
         key_heads: Heads of keys and values: fewer than `heads` where these share them.
         key_width: Width of one head's queries and keys.
@@ -46,7 +46,9 @@ class ModelShape:
         expert_width: Width of one expert's MLP.
         shared_width: Width of the MLP that every token goes through beside its experts.
         mlp_copies: Tensors of the MLP's width alive at once.
+        mlp_inline: Whether the MLP is written out in the layer (OPT), so that its input is gone once it has run.
         masks: Attention masks of the widest layers alive at once: a window's is made from two others.
+        turned_share: The share of a key's width that turns with its position; the rest is joined to it anew.
         queries_twice: Whether a second tensor of the queries' size lives beside them: the output of one projection for
             queries, keys and values, or the part of them that is turned by position.
         learned_positions: Whether positions are looked up in a table of their own.
@@ -70,7 +72,9 @@ class ModelShape:
     expert_width: int
     shared_width: int
     mlp_copies: int
+    mlp_inline: bool
     masks: int
+    turned_share: float
     queries_twice: bool
     learned_positions: bool
     itemsize: int
@@ -117,7 +121,7 @@ class ModelShape:
         windows = _windows(config, len(index.layers))
         return cls(
             hidden=hidden,
-            intermediate=inner,
+            intermediate=inner if _has_dense_layer(index) else 0,
             heads=heads,
             key_heads=key_heads,
             key_width=key_width,
@@ -132,8 +136,10 @@ class ModelShape:
             expert_width=expert_width,
             shared_width=shared,
             mlp_copies=_mlp_copies(config, index),
+            mlp_inline=config.get("model_type") == "opt",
             masks=2 if any(windows) or config.get("model_type") in _SECOND_MASK else 1,
-            queries_twice=_turns_a_part(config) or not any(".q_proj." in name for name in _first_layer(index)),
+            turned_share=_turned_share(config),
+            queries_twice=_turned_share(config) < 1 or not any(".q_proj." in name for name in _first_layer(index)),
             learned_positions=sum(block.kind == "embedding" for block in index.blocks) > 1,
             itemsize=itemsize,
             notes=notes,
@@ -194,10 +200,20 @@ def _first_layer(index: CheckpointIndex) -> tuple[str, ...]:
     return tuple(name for block in index.blocks if block.index == 0 for name in block.tensors)
 
 
-def _turns_a_part(config: Mapping[str, Any]) -> bool:
+def _has_dense_layer(index: CheckpointIndex) -> bool:
+    """Return whether a layer has an MLP of its own; one with experts has none, unless its tensors say so."""
+    experts = {block.index for block in index.blocks if block.kind == "experts"}
+    return any(
+        layer.index not in experts or any(".mlp." in name and "_proj." in name for name in layer.tensors)
+        for layer in index.layers
+    )
+
+
+def _turned_share(config: Mapping[str, Any]) -> float:
+    """Return the share of a key's width that turns with its position."""
     rope = config.get("rope_parameters")
     shares = [part.get(key) for part in (config, rope) if isinstance(part, dict) for key in _ROTARY_SHARES]
-    return any(isinstance(share, float) and share < 1 for share in shares)
+    return min((share for share in shares if isinstance(share, float) and 0 < share < 1), default=1.0)
 
 
 def _named(config: Mapping[str, Any], *keys: str) -> str | None:
