@@ -5,7 +5,7 @@
     uv run python -m benchmarks.plan_accuracy --only llama --only gemma2
 
 Sixteen architectures of 40 to 200 million random weights, three loaded forms, three contexts. Each architecture and
-form has a process of its own. Every case loads, runs a prompt that fills the context but for 8 tokens, and those 8.
+form has a process of its own. Every case loads, runs a prompt that fills the context but for 4 tokens, and those 4.
 
 Main memory is the growth of private pages (`RssAnon`) at its most, after the frameworks were warmed up: with the stored
 dtype it holds no weights, which are a map of the file. An accelerator's memory is its allocator's own count.

@@ -10,7 +10,7 @@ from lyra_emergence.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lyra_emergence.plan import RungName
+    from lyra_emergence.ladder import RungName
 
 __all__ = ["Attempt", "LoadEvent", "LoadReport", "Outcome"]
 

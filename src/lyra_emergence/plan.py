@@ -1,16 +1,14 @@
-"""The plan: the ladder of placements from the best one that fits down to the CPU, each choice with its reason.
+"""The plan: where every block goes, before anything is loaded.
 
-The ladder has up to four rungs. "full" holds the whole model on accelerators; "planned" holds as many layers there as
-the budgets allow, or what a custom map says; "fallback" holds `gpu_layers_fallback` layers there, by the documented
-map; "cpu" uses no accelerator. Loading starts at the first rung that fits, and steps down when memory runs out all the
-same.
+A plan is a ladder of placements (`ladder.py`). Loading starts at the first rung that fits, and steps down when memory
+runs out all the same. Where no rung reaches what is wanted, other contexts and packings are tried (`remedies.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.budgets import Request, read_request
 from lyra_emergence.errors import DoesNotFitError
@@ -22,7 +20,8 @@ from lyra_emergence.footprint import (
     estimate_footprint,
     is_known,
 )
-from lyra_emergence.placement import DISK, DeviceUse, Placement, check_fits, measure_use, refuse
+from lyra_emergence.ladder import NO_LAYER_FITS, Rung, RungName, build_ladder, forced_placements
+from lyra_emergence.placement import DISK, DeviceUse, Placement, measure_use, refuse
 from lyra_emergence.remedies import SHORTEST_CONTEXT, attempts
 from lyra_emergence.trial import find_trial
 from lyra_emergence.units import format_bytes
@@ -38,28 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["DeviceUse", "Placement", "Plan", "Rung", "RungName", "make_plan"]
 
 JSON_FORMAT = "lyra.plan/1"
-_NO_LAYER_FITS = "no layer fits an accelerator"
-
-RungName = Literal["full", "planned", "fallback", "cpu"]
-
-
-@dataclass(frozen=True, slots=True)
-class Rung:
-    """One stop on the way down.
-
-    Attributes:
-        name: "full", "planned", "fallback" or "cpu".
-        placements: One per block in execution order; empty where the rung is passed over or adaptive.
-        fits: Whether the budgets allow it.
-        reason: Why it stands here, or why it is passed over.
-        adaptive: Whether its placements are worked out when memory runs out, from what is free then.
-    """
-
-    name: RungName
-    placements: tuple[Placement, ...]
-    fits: bool
-    reason: str
-    adaptive: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,10 +239,10 @@ def measure_footprint(
 
 def _plan(config: ModelConfig, index: CheckpointIndex, machine: Machine, footprint: Footprint) -> Plan:
     request = read_request(config, machine, footprint)
-    rungs = tuple(_ladder(config, footprint, request))
+    rungs = tuple(build_ladder(config, footprint, request))
     start = next((i for i, rung in enumerate(rungs) if rung.fits), None)
     if start is None:
-        placements = rungs[-1].placements or _forced(footprint, request)
+        placements = rungs[-1].placements or forced_placements(footprint, request)
         budgets = (*request.accelerators, request.cpu)
         raise refuse(measure_use(placements, footprint, budgets), _remedy(config, footprint, request))
     said = (*_not_followed(rungs[: start + 1], request), *_clamped(config, footprint.context_length))
@@ -278,8 +255,8 @@ def _not_followed(rungs: tuple[Rung, ...], request: Request) -> tuple[str, ...]:
     if request.pinned or request.whole_on is not None:
         return () if rungs[0].fits else (f"the device map does not fit: {rungs[0].reason}",)
     wanted = any(budget.limit for budget in request.accelerators)
-    alone = any(rung.reason == _NO_LAYER_FITS for rung in rungs)
-    return (f"{_NO_LAYER_FITS}: all run on the CPU",) if wanted and alone else ()
+    alone = any(rung.reason == NO_LAYER_FITS for rung in rungs)
+    return (f"{NO_LAYER_FITS}: all run on the CPU",) if wanted and alone else ()
 
 
 def _clamped(config: ModelConfig, context: int) -> tuple[str, ...]:
@@ -288,109 +265,6 @@ def _clamped(config: ModelConfig, context: int) -> tuple[str, ...]:
         return ()
     room = f"max_new_tokens {wanted} is more than the context of {context} tokens has room for"
     return (f"{room}: answers are clamped to what the prompt leaves",)
-
-
-def _ladder(config: ModelConfig, footprint: Footprint, request: Request) -> Iterator[Rung]:
-    if not request.accelerators:
-        yield _checked("planned" if request.pinned else "cpu", place(footprint, request), footprint, request, "")
-        if request.pinned and config.enable_progressive_fallback:
-            yield _cpu_rung(footprint, request)
-        return
-    top = _top_rungs(config, footprint, request)
-    yield from top
-    if not config.enable_progressive_fallback:
-        return
-    yield from _fallback_rung(config.gpu_layers_fallback, top[-1], footprint, request)
-    yield _cpu_rung(footprint, request)
-
-
-def _top_rungs(config: ModelConfig, footprint: Footprint, request: Request) -> tuple[Rung, ...]:
-    placements = place(footprint, request)
-    if request.pinned:
-        return (_checked("planned", placements, footprint, request, "the custom device map"),)
-    if all(_is_fast(p) for p in placements):
-        return (_checked("full", placements, footprint, request, "the whole model fits"),)
-    full = Rung("full", (), fits=False, reason=_whole_model_shortfall(footprint, request))
-    if request.whole_on is not None:
-        return (full,)
-    if _fast_layers(placements):
-        return (full, _checked("planned", placements, footprint, request, _as_many(placements)))
-    if not config.enable_progressive_fallback:
-        # The CPU is then no fallback, but the best that an automatic map can do.
-        return (full, _checked("cpu", placements, footprint, request, _NO_LAYER_FITS))
-    return (full, Rung("planned", placements, fits=False, reason=_NO_LAYER_FITS))
-
-
-def _is_fast(placement: Placement) -> bool:
-    return placement.device not in ("cpu", "disk")
-
-
-def _fast_layers(placements: tuple[Placement, ...]) -> int:
-    return sum(p.kind == "layer" and _is_fast(p) for p in placements)
-
-
-def _as_many(placements: tuple[Placement, ...]) -> str:
-    layers, experts = (sum(p.kind == kind and _is_fast(p) for p in placements) for kind in ("layer", "experts"))
-    apart = any(p.kind == "experts" for p in placements) and experts < layers
-    return f"as many layers as the budgets allow{', and then their experts' * apart}"
-
-
-def _forced(footprint: Footprint, request: Request) -> tuple[Placement, ...]:
-    device = request.whole_on or request.cpu.device
-    reason = "the device map says so"
-    return tuple(Placement(b.name, b.kind, device, b.weights, b.kv_cache, reason) for b in footprint.blocks)
-
-
-def _whole_model_shortfall(footprint: Footprint, request: Request) -> str:
-    experts = any(block.kind == "experts" for block in footprint.blocks)
-    busy = footprint.activations.of(layer=True, experts=experts, kv_cache=footprint.kv_cache) * len(
-        request.accelerators
-    )
-    needed = footprint.weights + footprint.kv_cache + busy + sum(b.reserved for b in request.accelerators)
-    limit = sum(b.limit for b in request.accelerators)
-    names = " and ".join(b.device for b in request.accelerators)
-    has = "which have" if request.accelerators[1:] else "which has"
-    if needed <= limit:
-        return f"its blocks cannot be divided so that {names} hold them all"
-    return f"needs {format_bytes(needed)} of {names}, {has} {format_bytes(limit)}"
-
-
-def _fallback_rung(wanted: int | None, above: Rung, footprint: Footprint, request: Request) -> Iterator[Rung]:
-    planned = _fast_layers(above.placements)
-    if wanted == 0 or (above.fits and planned == 0):
-        return
-    if not above.fits:
-        yield from _lower_rung(wanted, footprint, request)
-    elif wanted is None:
-        reason = "as many layers as memory allows when it runs out"
-        yield Rung("fallback", (), fits=False, reason=reason, adaptive=True)
-    elif wanted >= planned:
-        yield Rung("fallback", (), fits=False, reason=f"{wanted} layers are not fewer than the {planned} planned")
-    else:
-        yield from _lower_rung(wanted, footprint, request)
-
-
-def _lower_rung(wanted: int | None, footprint: Footprint, request: Request) -> Iterator[Rung]:
-    layers = sum(block.kind == "layer" for block in footprint.blocks)
-    placements = place(footprint, request, layer_limit=layers if wanted is None else wanted)
-    if _fast_layers(placements):
-        reason = _as_many(placements) if wanted is None else f"gpu_layers_fallback is {wanted}"
-        yield _checked("fallback", placements, footprint, request, reason)
-    elif wanted is not None:
-        yield Rung("fallback", (), fits=False, reason=_NO_LAYER_FITS)
-
-
-def _cpu_rung(footprint: Footprint, request: Request) -> Rung:
-    bare = Request((), request.cpu, {}, None, ())
-    return _checked("cpu", place(footprint, bare), footprint, request, "no accelerator memory needed")
-
-
-def _checked(
-    name: RungName, placements: tuple[Placement, ...], footprint: Footprint, request: Request, reason: str
-) -> Rung:
-    uses = measure_use(placements, footprint, (*request.accelerators, request.cpu))
-    short = check_fits(uses)
-    return Rung(name, placements, fits=short is None, reason=short or reason or "no accelerator to use")
 
 
 def _remedy(config: ModelConfig, footprint: Footprint, request: Request) -> str:

@@ -63,7 +63,7 @@ def test_a_split_plan_is_measured_on_each_device(
     config.max_memory = {"0": whole.activations + (whole.weights + whole.kv_cache) // 2, "1": 0}
     plan = make_plan(config, index, probe_machine(with_torch=True))
     check = check_plan(config, directory, plan)
-    assert (check.rung, check.prompt_tokens, check.new_tokens) == ("planned", 248, 8)
+    assert (check.rung, check.prompt_tokens, check.new_tokens) == ("planned", 252, 4)
     names = [device.device for device in check.devices]
     assert names == ["sim:0", "cpu"]
     for device in check.devices[:1]:
@@ -189,7 +189,7 @@ def test_the_command_shows_predicted_beside_measured(
 ) -> None:
     assert main(["plan", "--check", "--model", str(checkpoints("llama")), "--context", "200"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith(": a prompt of 192 tokens and 8 after it, on the rung 'full'")
+    assert lines[0].endswith(": a prompt of 196 tokens and 4 after it, on the rung 'full'")
     assert lines[2].split() == ["predicted", "measured", "spare"]
     assert lines[3].startswith("sim:0 ")
     assert lines[3].endswith("  as planned")
