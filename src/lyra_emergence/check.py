@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from lyra_emergence.placement import DeviceUse
     from lyra_emergence.plan import Plan
 
-__all__ = ["KERNEL_BUFFERS", "DeviceCheck", "PlanCheck", "check_plan"]
+__all__ = ["KERNEL_BUFFERS", "LOW_PRECISION_BUFFERS", "DeviceCheck", "PlanCheck", "check_plan"]
 
 JSON_FORMAT = "lyra.check/1"
 KERNEL_BUFFERS = 11 * 2**20
 """Main memory that kernels' scratch and the allocator's loose ends take beside tensors: 1 to 10 MiB were measured."""
-_LOW_PRECISION_BUFFERS, _LOW_PRECISION_SHARE = 10 * 2**20, 0.03
+LOW_PRECISION_BUFFERS, _LOW_PRECISION_SHARE = 10 * 2**20, 0.03
 """The same where the dtype is not float32, and a share of the activations on top: products of matrices in bfloat16 keep
 their sums in float32. In Bloom's written-out attention over 3,072 tokens it was 18 MiB beside 545 of activations."""
 _NEW_TOKENS = 4
@@ -209,7 +209,7 @@ def _devices(plan: Plan, held: dict[str, int | None], peaks: dict[str, int | Non
 def _kernel_buffers(plan: Plan, use: DeviceUse) -> int:
     if plan.footprint.dtype == "float32":
         return KERNEL_BUFFERS
-    return _LOW_PRECISION_BUFFERS + int(_LOW_PRECISION_SHARE * use.activations)
+    return LOW_PRECISION_BUFFERS + int(_LOW_PRECISION_SHARE * use.activations)
 
 
 class _Accelerator:

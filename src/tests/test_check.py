@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from lyra_emergence.check import KERNEL_BUFFERS, DeviceCheck, check_plan
+from lyra_emergence.check import LOW_PRECISION_BUFFERS, DeviceCheck, check_plan
 from lyra_emergence.checkpoint import read_checkpoint
 from lyra_emergence.cli import main
 from lyra_emergence.config import ModelConfig
@@ -94,7 +94,7 @@ def test_main_memory_is_measured_with_its_peak(checkpoints: Checkpoints, tmp_pat
     command = [sys.executable, "-c", code, str(checkpoints("llama"))]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     (cpu,) = json.loads(done.stdout.splitlines()[-1])["devices"]
-    assert cpu["predicted"] > KERNEL_BUFFERS
+    assert cpu["predicted"] > LOW_PRECISION_BUFFERS
     assert cpu["mapped"] == 0  # converted
     assert cpu["holds"] is True
 
