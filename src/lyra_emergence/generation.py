@@ -2,11 +2,13 @@
 
 A synchronous generator: the consumer's pace is the model's pace, an error reaches the consumer at the token where it
 happens, and closing the generator ends the work. Prompts run in chunks, so that activations stay bounded. Several
-generators may share one model from several threads: steps take turns.
+generators may share one model from several threads: steps take turns. Where memory runs out, the answer goes on
+(`runtime/stepper.py`).
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
@@ -14,10 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
-from lyra_emergence.errors import DoesNotFitError, GenerationError, is_out_of_memory, without_frames
-from lyra_emergence.footprint import PREFILL_CHUNK
-from lyra_emergence.runtime.memory import keep_freed_memory, return_freed_memory
-from lyra_emergence.runtime.stepping import caches_of, feeding_of
+from lyra_emergence.errors import GenerationError
+from lyra_emergence.runtime.stepper import Recovery, Stepper
 from lyra_emergence.text_stream import LoopDetector, StopScanner, TextDecoder
 
 if TYPE_CHECKING:
@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
     from lyra_emergence.loading import LoadedModel
 
-__all__ = ["Chunk", "FinishReason", "GenerationOptions", "GenerationStats", "encode_prompt", "stream_generate"]
+__all__ = [
+    "Chunk",
+    "FinishReason",
+    "GenerationOptions",
+    "GenerationStats",
+    "Recovery",
+    "Stepper",
+    "encode_prompt",
+    "stream_generate",
+]
 
 FinishReason = Literal["stop", "length", "loop"]
 
@@ -85,12 +94,14 @@ class GenerationStats:
         new_tokens: Tokens generated, the end token included.
         prefill_seconds: Until the first token was known.
         decode_seconds: From there to the end; the consumer's own time between tokens is not counted.
+        recoveries: The times that memory ran out and the answer went on, in order.
     """
 
     prompt_tokens: int
     new_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    recoveries: tuple[Recovery, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:
@@ -156,7 +167,8 @@ def stream_generate(
 
     Raises:
         GenerationError: The prompt is empty or too long, or an option is out of its range.
-        DoesNotFitError: Memory ran out at a token; the text before it was delivered, and the model is as it was.
+        DoesNotFitError: Memory ran out at a token, and neither shorter chunks nor the CPU could help; the text before
+            it was delivered, and the model can be used as before.
     """
     options = options or GenerationOptions.for_model(loaded)
     _check(options)
@@ -186,9 +198,10 @@ def _generate(loaded: LoadedModel, prompt: list[int], options: GenerationOptions
     scanner = StopScanner(options.stop)
     loops = LoopDetector(options.max_repeats)
     chooser = _Chooser(prompt, options)
-    with closing(Stepper(loaded)) as stepper:
+    with closing(Stepper(loaded, most_tokens=len(prompt) + options.max_new_tokens)) as stepper:
         clock = time.perf_counter()
-        token = chooser.choose(stepper.prefill(prompt))
+        stepper.make_room()
+        token = _choose(chooser, stepper, stepper.prefill(prompt))
         prefill_seconds, decode_seconds, count = time.perf_counter() - clock, 0.0, 1
         while True:
             text = "" if token in ends else scanner.push(decoder.push(token))
@@ -198,85 +211,28 @@ def _generate(loaded: LoadedModel, prompt: list[int], options: GenerationOptions
             if reason is None and count >= options.max_new_tokens:
                 reason = "length"
             if reason is not None:
-                stats = GenerationStats(len(prompt), count, prefill_seconds, decode_seconds)
+                recoveries = tuple(stepper.recoveries)
+                stats = GenerationStats(len(prompt), count, prefill_seconds, decode_seconds, recoveries)
                 rest = "" if scanner.found else scanner.finish(decoder.finish())
                 yield Chunk(text + rest, (token,), reason, stats)
                 return
             yield Chunk(text, (token,))
             clock = time.perf_counter()
-            token = chooser.choose(stepper.step(token))
+            token = _choose(chooser, stepper, stepper.step(token))
             decode_seconds += time.perf_counter() - clock
             count += 1
+
+
+def _choose(chooser: _Chooser, stepper: Stepper, logits: torch.Tensor) -> int:
+    # A device that has nothing left cannot even say which is the largest: the second try is made on the CPU.
+    tries = itertools.chain([logits], itertools.repeat(None))
+    return stepper.surviving(lambda: chooser.choose(logits.cpu() if next(tries) is None else logits))
 
 
 def _end_tokens(loaded: LoadedModel) -> frozenset[int]:
     own = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
     own = own if own is not None else getattr(loaded.tokenizer, "eos_token_id", None)
     return frozenset(own if isinstance(own, list | tuple) else () if own is None else (own,))
-
-
-class Stepper:
-    """Runs the model forward and keeps its cache between steps.
-
-    Args:
-        loaded: The model.
-        batch: Sequences that run together, all of the same tokens.
-    """
-
-    def __init__(self, loaded: LoadedModel, batch: int = 1) -> None:
-        self._loaded = loaded
-        self._batch = batch
-        self._cache: dict[str, Any] = {}
-        self._seen: list[int] = []
-        feeding = feeding_of(loaded.model, PREFILL_CHUNK)
-        self._last_only = feeding.arguments
-        self._chunk = feeding.chunk or loaded.context_length
-
-    def prefill(self, ids: list[int]) -> torch.Tensor:
-        """Run the prompt and return the last token's logits, (batch, vocab)."""
-        return_freed_memory()
-        for start in range(0, len(ids), self._chunk):
-            logits = self._run(ids[start : start + self._chunk])
-        keep_freed_memory()
-        return logits
-
-    def step(self, token: int) -> torch.Tensor:
-        """Run one token and return its logits, (batch, vocab)."""
-        return self._run([token])
-
-    def close(self) -> None:
-        """Drop the cache and return its memory."""
-        self._cache = {}
-        return_freed_memory()
-
-    @torch.inference_mode()
-    def _run(self, ids: list[int]) -> torch.Tensor:
-        self._seen += ids
-        # Without a cache (a model that returns none) everything so far runs again.
-        tokens = ids if self._cache or len(self._seen) == len(ids) else self._seen
-        inputs = torch.tensor([tokens] * self._batch, device=self._loaded.entry_device)  # (batch, tokens)
-        output = self._forward(inputs)
-        self._cache = caches_of(output)
-        logits: torch.Tensor = output.logits  # (batch, tokens or 1, vocab)
-        return logits[:, -1].float()
-
-    def _forward(self, inputs: torch.Tensor) -> Any:
-        failure: BaseException | None = None
-        with self._loaded.step_lock:
-            try:
-                return self._loaded.model(input_ids=inputs, use_cache=True, **self._cache, **self._last_only)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                failure = without_frames(error)
-        self._cache = {}
-        tokens = len(self._seen)
-        raise DoesNotFitError(
-            f"memory ran out after {tokens} tokens of prompt and answer: {str(failure).splitlines()[0]}",
-            needed=self._loaded.plan.footprint.kv_cache,
-            available=0,
-            hint="shorten the context (--context, 'context_length') or place fewer layers there ('max_memory')",
-        ) from failure
 
 
 class _Chooser:
@@ -300,12 +256,21 @@ class _Chooser:
         """
         if self._processors or self._options.do_sample:
             logits = self._processors(torch.tensor([self._ids]), logits.cpu())
-        if self._options.do_sample:
-            token = int(torch.multinomial(logits.softmax(-1), 1, generator=self._generator))
-        else:
-            token = int(logits.argmax(-1))
+        token = self._draw(logits) if self._options.do_sample else int(logits.argmax(-1))
         self._ids.append(token)
         return token
+
+    def _draw(self, logits: torch.Tensor) -> int:
+        """Draw a token; where memory runs out, the random numbers are where they were before."""
+        state = self._generator.get_state() if self._generator is not None else torch.get_rng_state()
+        try:
+            return int(torch.multinomial(logits.softmax(-1), 1, generator=self._generator))
+        except BaseException:
+            if self._generator is not None:
+                self._generator.set_state(state)
+            else:
+                torch.set_rng_state(state)
+            raise
 
 
 def _processors(options: GenerationOptions) -> Iterator[Any]:

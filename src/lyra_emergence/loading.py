@@ -22,13 +22,13 @@ from lyra_emergence.machine import probe_machine
 from lyra_emergence.plan import hf_device, make_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from lyra_emergence.checkpoint import CheckpointIndex
     from lyra_emergence.config import ModelConfig
     from lyra_emergence.plan import Plan
     from lyra_emergence.runtime.blocks import LoadedForm, PlacedBlock
-    from lyra_emergence.runtime.handover import Handover
+    from lyra_emergence.runtime.residency import Residency
 
 __all__ = ["Attempt", "LoadEvent", "LoadReport", "LoadedModel", "load"]
 
@@ -46,6 +46,8 @@ class LoadedModel:
         plan: What was planned.
         report: What came of it.
         blocks: The model's blocks with their present devices.
+        residency: Moves the blocks while the model is in use.
+        tell: Called with what happens to the model's memory, as `on_event` of `load`.
         step_lock: Held while the model runs a step, so that several generators can share it.
     """
 
@@ -55,7 +57,8 @@ class LoadedModel:
     plan: Plan
     report: LoadReport
     blocks: tuple[PlacedBlock, ...]
-    _handover: Handover = field(repr=False)
+    residency: Residency = field(repr=False)
+    tell: Callable[[LoadEvent], None] = field(repr=False)
     step_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -66,17 +69,12 @@ class LoadedModel:
     @property
     def entry_device(self) -> str:
         """The device that token ids go to: the input embeddings'."""
-        return _entry_device(self.plan, self.blocks)
+        return self.residency.entry
 
     def close(self) -> None:
         """Drop every copy on every device; the model is of no use afterwards."""
-        from lyra_emergence.runtime.memory import give_back
-
-        self._handover.disconnect()
-        for block in self.blocks:
-            block.release()
         self.model = None
-        give_back()
+        self.residency.close()
 
 
 def load(
@@ -118,11 +116,8 @@ def load(
     model = _map_model(index, config, architecture)
     map_seconds = time.perf_counter() - started
     tell(LoadEvent("map", f"{plan.model} is open, {len(index.tensors)} tensors mapped"))
-    blocks, handover, attempts = _promote(model, plan, tell)
+    blocks, residency, attempts = _promote(model, plan, tell)
     device_map = {block.name: hf_device(block.device) for block in blocks if block.name}
-    if len(set(device_map.values())) > 1:
-        # Tells transformers and LangChain that the model is placed, and must not be moved as a whole.
-        model.hf_device_map = device_map
     report = LoadReport(
         attempts=attempts,
         device_map=device_map,
@@ -132,28 +127,22 @@ def load(
         notes=plan.notes,
     )
     tell(LoadEvent("ready", f"ready on rung '{report.rung}' in {report.seconds:.1f} s"))
-    return LoadedModel(model, tokenizer, config, plan, report, blocks, handover)
+    return LoadedModel(model, tokenizer, config, plan, report, blocks, residency, tell)
 
 
 def _promote(
     model: Any, plan: Plan, tell: Callable[[LoadEvent], None]
-) -> tuple[tuple[PlacedBlock, ...], Handover, tuple[Attempt, ...]]:
+) -> tuple[tuple[PlacedBlock, ...], Residency, tuple[Attempt, ...]]:
     from lyra_emergence.runtime.blocks import split_into_blocks
     from lyra_emergence.runtime.handover import Handover
     from lyra_emergence.runtime.ladder import Ladder
+    from lyra_emergence.runtime.residency import Residency
 
     blocks = split_into_blocks(model, [(p.block, p.kind) for p in plan.placements], _form(plan, model))
     ladder = Ladder(blocks, plan, tell)
     ladder.descend()
     model.config.dtype = blocks_dtype(plan)
-    handover = Handover(model)
-    handover.connect(blocks, _entry_device(plan, blocks))
-    return blocks, handover, tuple(ladder.attempts)
-
-
-def _entry_device(plan: Plan, blocks: Sequence[PlacedBlock]) -> str:
-    embeddings = {p.block for p in plan.placements if p.kind == "embedding"}
-    return next((block.device for block in blocks if block.name in embeddings), "cpu")
+    return blocks, Residency(model, plan, blocks, Handover(model)), tuple(ladder.attempts)
 
 
 def blocks_dtype(plan: Plan) -> Any:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from lyra_emergence import generation
 from lyra_emergence.config import ModelConfig
 from lyra_emergence.errors import DoesNotFitError, GenerationError
 from lyra_emergence.generation import GenerationOptions, stream_generate
 from lyra_emergence.loading import load
+from lyra_emergence.runtime import stepper
 
 from .families import FAMILIES
 from .families import PROMPT as TEXT
@@ -44,7 +44,7 @@ def ids_of(loaded: LoadedModel, count: int) -> list[int]:
 def test_chunked_prefill_is_whole_prefill(
     family: str, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 23)
+    monkeypatch.setattr(stepper, "PREFILL_CHUNK", 23)
     loaded = load(ModelConfig(device_map="cpu"), directory=checkpoints(family))
     prompt = ids_of(loaded, LONG_PROMPT)
     theirs = loaded.model.generate(
@@ -220,21 +220,22 @@ def test_an_empty_prompt_starts_from_the_beginning_token(llama: LoadedModel) -> 
     assert empty == named
 
 
-def test_memory_running_out_is_told_and_leaves_the_model_whole(
+def test_without_fallback_memory_running_out_is_told_and_leaves_the_model_whole(
     checkpoints: Checkpoints, sim: SimulatedAccelerator
 ) -> None:
-    loaded = load(ModelConfig(), directory=checkpoints("llama"))
+    loaded = load(ModelConfig(enable_progressive_fallback=False), directory=checkpoints("llama"))
     at_rest = sim.used(0)
     whole = [t for c in stream_generate(loaded, TEXT, GenerationOptions(max_new_tokens=6)) for t in c.token_ids]
     stream = stream_generate(loaded, TEXT, GenerationOptions(max_new_tokens=6))
     delivered = [*next(stream).token_ids, *next(stream).token_ids]
-    sim.fail_at(20)
-    with pytest.raises(DoesNotFitError, match=r"^memory ran out after \d+ tokens of prompt and answer: ") as caught:
+    sim.fail_at(20, persistent=True)
+    with pytest.raises(DoesNotFitError, match=r"^memory ran out on sim:0 after \d+ tokens of prompt and ") as caught:
         next(stream)
+    sim.fail_at(0)
     assert delivered == whole[:2]
     # Though the error is held, the cache and the activations are gone.
     assert caught.value is not None
-    assert sim.used(0) == at_rest + 8  # the token that was being run
+    assert sim.used(0) == at_rest
     again = [t for c in stream_generate(loaded, TEXT, GenerationOptions(max_new_tokens=6)) for t in c.token_ids]
     assert again == whole
     loaded.close()

@@ -1,0 +1,255 @@
+"""Where the blocks of a loaded model are now, and moving them while it is in use.
+
+Memory that ran out takes blocks from an accelerator to the CPU, and free memory brings them back to where they were
+loaded. A block takes its part of every running generator's caches along: keys and values live where their block
+computes. All of it happens between steps, under the model's lock.
+
+Blocks leave in the order of what they cost: lookups, of which a token reads a row; experts, of which it reads a few;
+layers from the last one; then norm, head and the rest.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lyra_emergence.errors import is_out_of_memory
+from lyra_emergence.plan import hf_device
+from lyra_emergence.runtime.blocks import REST
+from lyra_emergence.runtime.memory import free_bytes, give_back
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lyra_emergence.placement import Placement
+    from lyra_emergence.plan import Plan
+    from lyra_emergence.runtime.blocks import PlacedBlock
+    from lyra_emergence.runtime.handover import Handover
+
+__all__ = ["CPU", "Follower", "Residency", "failing_device"]
+
+CPU = "cpu"
+_LONGEST_WAIT = 4096
+"""Steps between two tries to bring blocks back, at most."""
+_FIRST_WAIT = 32
+_NAMED_DEVICE = re.compile(r"\b(?:GPU|[Dd]evice) (\d+)\b")
+_IN_MAIN_MEMORY = ("defaultcpuallocator", "bad_alloc", "unable to mmap")
+
+
+class Follower(Protocol):
+    """A generator whose caches go where the blocks go."""
+
+    def move_cache(self, layer: int, device: str) -> None:
+        """Move the part of its caches that belongs to a layer, or drop the caches where that cannot be done."""
+
+    def cached_bytes(self, device: str) -> int:
+        """Return the bytes of its caches on a device."""
+
+    def share_to_come(self) -> float:
+        """Return the tokens that its caches may still take in, as a share of the context."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    """A block that left the device it was loaded on."""
+
+    name: str
+    home: str
+
+
+class Residency:
+    """The blocks of one model and their present devices.
+
+    Args:
+        model: The transformers model.
+        plan: What it was loaded by.
+        blocks: Its blocks, as loading left them.
+        handover: The hooks between devices.
+    """
+
+    def __init__(self, model: Any, plan: Plan, blocks: Sequence[PlacedBlock], handover: Handover) -> None:
+        self._model = model
+        self._plan = plan
+        self._blocks = {block.name: block for block in blocks}
+        self._handover = handover
+        self._placements = {p.block: p for p in plan.placements if p.block in self._blocks}
+        self._layers = {block.name: block.index for block in plan.footprint.blocks if block.kind == "layer"}
+        self._followers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._away: list[_Moved] = []
+        self._wait, self._steps, self._climbed = _FIRST_WAIT, 0, False
+        self._connect()
+
+    @property
+    def entry(self) -> str:
+        """The device that token ids go to: the input embeddings'."""
+        names = (p.block for p in self._placements.values() if p.kind == "embedding")
+        return next((self._blocks[name].device for name in names), CPU)
+
+    @property
+    def accelerators(self) -> tuple[str, ...]:
+        """The accelerators that hold blocks now."""
+        return tuple(dict.fromkeys(block.device for block in self._blocks.values() if block.device != CPU))
+
+    @property
+    def away(self) -> tuple[str, ...]:
+        """The blocks that left the device they were loaded on, in the order they left."""
+        return tuple(moved.name for moved in self._away)
+
+    def add(self, follower: Follower) -> None:
+        """Move the caches of `follower` along from now on, for as long as it lives."""
+        self._followers.add(follower)
+
+    def shortfall(self, device: str) -> int:
+        """Return the bytes that running what is on `device` may want beyond what is free there; 0 where it fits."""
+        return max(0, self._wanted(device) - free_bytes(device))
+
+    def _wanted(self, device: str) -> int:
+        """Temporaries at their most, and what the caches of all followers may still grow by."""
+        here = [p for name, p in self._placements.items() if self._blocks[name].device == device]
+        kv_cache = sum(p.kv_cache for p in here)
+        to_come = int(kv_cache * sum(follower.share_to_come() for follower in self._followers))
+        return self._activations(here, kv_cache) + to_come
+
+    def _activations(self, here: Sequence[Placement], kv_cache: int) -> int:
+        parts = {kind: True for kind in ("embedding", "layer", "experts", "head") if any(p.kind == kind for p in here)}
+        return self._plan.footprint.activations.of(**parts, kv_cache=kv_cache)
+
+    def step_down(self, device: str, short: int, least: int = 1) -> tuple[str, ...]:
+        """Move blocks from `device` to the CPU until `short` bytes are freed there, and at least `least` blocks.
+
+        Returns:
+            The blocks moved; () where none is left there.
+
+        Raises:
+            RuntimeError: Main memory has no room for a block whose CPU form is a copy.
+        """
+        leaving: list[str] = []
+        for name in self._leaving_order(device):
+            if short <= 0 and len(leaving) >= least:
+                break
+            leaving.append(name)
+            short -= self._bytes_on(name, device)
+        for name in leaving:
+            self._blocks[name].move_to(CPU)
+            self._away.append(_Moved(name, device))
+            self._move_caches(name, CPU)
+        if leaving:
+            self._connect()
+            give_back()
+            # Memory that runs out again once blocks are back is somebody else's now and then: wait longer.
+            self._wait = min(_LONGEST_WAIT, 2 * self._wait) if self._climbed else self._wait
+            self._steps, self._climbed = 0, False
+        return tuple(leaving)
+
+    def _leaving_order(self, device: str) -> Iterator[str]:
+        here = [name for name, block in self._blocks.items() if block.device == device and name != REST]
+        shared = {block.tied_to for block in self._plan.footprint.blocks}
+        kinds = {name: self._placements[name].kind for name in here}
+        yield from (name for name in here if kinds[name] == "embedding" and name not in shared)
+        for kind in ("experts", "layer"):
+            yield from (name for name in reversed(here) if kinds[name] == kind)
+        yield from (
+            name
+            for name in here
+            if kinds[name] not in ("experts", "layer", "embedding") or (kinds[name] == "embedding" and name in shared)
+        )
+        if self._blocks[REST].device == device:
+            yield REST
+
+    def _bytes_on(self, name: str, device: str) -> int:
+        index = self._layers.get(name)
+        cached = sum(follower.cached_bytes(device) for follower in self._followers) if index is not None else 0
+        layers = max(1, sum(self._blocks[layer].device == device for layer in self._layers if layer in self._blocks))
+        weights = self._placements[name].weights if name in self._placements else 0
+        return weights + cached // layers
+
+    def climb(self) -> tuple[str, ...]:
+        """Bring blocks back to where they were loaded, the last to leave first, as far as there is room now.
+
+        Returns:
+            The blocks brought back.
+        """
+        back: list[str] = []
+        while self._away and self._has_room(self._away[-1]):
+            moved = self._away[-1]
+            if not self._bring_back(moved):
+                break
+            self._away.pop()
+            back.append(moved.name)
+        if back:
+            self._climbed = True
+            self._connect()
+        return tuple(back)
+
+    def rest_then_climb(self) -> tuple[str, ...]:
+        """Count a step, and climb where enough of them went by since the last try or the last time memory ran out."""
+        if not self._away:
+            return ()
+        self._steps += 1
+        if self._steps < self._wait:
+            return ()
+        self._steps = 0
+        return self.climb()
+
+    def _has_room(self, moved: _Moved) -> bool:
+        placement = self._placements.get(moved.name)
+        weights, kv_cache = (placement.weights, placement.kv_cache) if placement else (0, 0)
+        here = [p for name, p in self._placements.items() if self._blocks[name].device == moved.home]
+        held = sum(follower.cached_bytes(moved.home) for follower in self._followers)
+        whole = sum(p.kv_cache for p in here) + kv_cache
+        busy = self._activations([*here, placement] if placement else here, whole)
+        return bool(weights + max(0, whole - held) + busy <= free_bytes(moved.home))
+
+    def _bring_back(self, moved: _Moved) -> bool:
+        stopped = False
+        try:
+            self._blocks[moved.name].move_to(moved.home)
+            self._move_caches(moved.name, moved.home)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            stopped = True
+        if stopped:
+            self._blocks[moved.name].move_to(CPU)
+            self._move_caches(moved.name, CPU)
+            give_back()
+        return not stopped
+
+    def _move_caches(self, name: str, device: str) -> None:
+        index = self._layers.get(name)
+        if index is not None:
+            for follower in self._followers:
+                follower.move_cache(index, device)
+
+    def _connect(self) -> None:
+        blocks = tuple(self._blocks.values())
+        self._handover.connect(blocks, self.entry)
+        device_map = {block.name: hf_device(block.device) for block in blocks if block.name}
+        if len(set(device_map.values())) > 1 or hasattr(self._model, "hf_device_map"):
+            # Tells transformers and LangChain that the model is placed, and must not be moved as a whole.
+            self._model.hf_device_map = device_map
+
+    def close(self) -> None:
+        """Drop every copy on every device, and the hooks."""
+        self._handover.disconnect()
+        self._model = None
+        for block in self._blocks.values():
+            block.release()
+        give_back()
+
+
+def failing_device(error: BaseException, accelerators: Sequence[str]) -> str:
+    """Return the device that an out-of-memory error came from, by its text; the first accelerator where it says none.
+
+    Args:
+        error: The error.
+        accelerators: The accelerators in use.
+    """
+    text = str(error)
+    if not accelerators or isinstance(error, MemoryError) or any(sign in text.lower() for sign in _IN_MAIN_MEMORY):
+        return CPU
+    named = _NAMED_DEVICE.search(text)
+    found = [device for device in accelerators if named and device.endswith(f":{named[1]}")]
+    return (found or accelerators)[0]

@@ -1,0 +1,270 @@
+"""Running a model step by step, and going on where memory ran out.
+
+When a step runs out of memory, its caches are cut back to what they held before it, or dropped and made anew from the
+tokens; then less is asked of the device that fell short, one remedy after the other: what the frameworks hold on to is
+given back; a prompt runs in shorter chunks; blocks leave for the CPU, their caches with them, up to the last one. No
+token is lost, and the step is taken again. Recovery happens after the `except` block: while the exception lives, its
+frames hold the tensors of the failed step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from lyra_emergence.errors import DoesNotFitError, is_out_of_memory, without_frames
+from lyra_emergence.footprint import PREFILL_CHUNK
+from lyra_emergence.load_report import LoadEvent
+from lyra_emergence.runtime.kv_cache import cut_back, held_bytes, move_layer
+from lyra_emergence.runtime.memory import give_back, keep_freed_memory, return_freed_memory
+from lyra_emergence.runtime.residency import CPU, failing_device
+from lyra_emergence.runtime.stepping import caches_of, feeding_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lyra_emergence.loading import LoadedModel
+
+__all__ = ["Recovery", "Stepper"]
+
+T = TypeVar("T")
+
+_SHORTEST_CHUNK = 64
+"""Tokens of a prompt that run at once at least: shorter chunks save little and cost a pass each."""
+_CHUNK_STEP = 4
+_MOST_NAMES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """One time that memory ran out and work went on.
+
+    Attributes:
+        device: torch's name of the device that fell short.
+        tokens: Tokens of prompt and answer that were there, all of which were kept.
+        remedy: What was done, in words.
+        blocks: The blocks that left the device.
+        reason: The error's first line.
+    """
+
+    device: str
+    tokens: int
+    remedy: str
+    blocks: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"memory ran out on {self.device} after {self.tokens} tokens; nothing was lost: {self.remedy}"
+
+
+class Stepper:
+    """Runs the model forward and keeps its caches between steps.
+
+    Args:
+        loaded: The model.
+        batch: Sequences that run together, all of the same tokens.
+        most_tokens: Tokens of prompt and answer that are to come at most; the context by default.
+
+    Attributes:
+        recoveries: The times that memory ran out, in order.
+    """
+
+    def __init__(self, loaded: LoadedModel, batch: int = 1, *, most_tokens: int | None = None) -> None:
+        self.recoveries: list[Recovery] = []
+        self._loaded = loaded
+        self._batch = batch
+        self._most_tokens = min(most_tokens or loaded.context_length, loaded.context_length)
+        self._caches: dict[str, Any] = {}
+        self._seen: list[int] = []
+        self._held = 0
+        feeding = feeding_of(loaded.model, PREFILL_CHUNK)
+        self._last_only = feeding.arguments
+        self._divides = feeding.chunk is not None
+        self._chunk = feeding.chunk or loaded.context_length
+        self._failures = 0
+        with loaded.step_lock:
+            loaded.residency.add(self)
+
+    def make_room(self) -> None:
+        """Bring blocks back where memory is free again, or send blocks away where the tokens to come want more."""
+        with self._loaded.step_lock:
+            back = self._loaded.residency.climb()
+            if back:
+                self._tell_climb(back)
+            for device in self._loaded.residency.accelerators:
+                self._make_room_on(device)
+
+    def _make_room_on(self, device: str) -> None:
+        residency = self._loaded.residency
+        if not residency.shortfall(device):
+            return
+        give_back()
+        short = residency.shortfall(device)
+        if short and self._loaded.config.enable_progressive_fallback:
+            moved = residency.step_down(device, short)
+            self._loaded.tell(LoadEvent("demote", f"{_blocks(moved)} left {device}, which has too little free"))
+
+    def prefill(self, ids: Sequence[int]) -> torch.Tensor:
+        """Run the prompt and return the last token's logits, (batch, vocab).
+
+        Raises:
+            DoesNotFitError: Memory ran out and nothing is left to be done about it.
+        """
+        return self._advance(ids)
+
+    def step(self, token: int) -> torch.Tensor:
+        """Run one token and return its logits, (batch, vocab).
+
+        Raises:
+            DoesNotFitError: As `prefill`.
+        """
+        return self._advance([token])
+
+    def close(self) -> None:
+        """Drop the caches and return their memory."""
+        with self._loaded.step_lock:
+            self._drop()
+        return_freed_memory()
+
+    def surviving(self, action: Callable[[], T]) -> T:
+        """Return what `action` returns; where memory runs out, take the next remedy and try again.
+
+        Raises:
+            DoesNotFitError: As `prefill`.
+        """
+        while True:
+            try:
+                result = action()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = without_frames(error)
+            else:
+                self._failures = 0
+                return result
+            self._recover(failure)
+
+    def _advance(self, ids: Sequence[int]) -> torch.Tensor:
+        self._seen += ids
+        return self.surviving(self._catch_up)
+
+    def _catch_up(self) -> torch.Tensor:
+        """Run the tokens that the caches do not hold yet."""
+        logits: torch.Tensor | None = None
+        long = len(self._seen) - self._held > 1
+        if long:
+            return_freed_memory()
+        while self._held < len(self._seen):
+            logits = self._run()
+        if long:
+            keep_freed_memory()
+        assert logits is not None  # there is at least the token that was just given
+        return logits
+
+    @torch.inference_mode()
+    def _run(self) -> torch.Tensor:
+        with self._loaded.step_lock:
+            self._climb_now_and_then()
+            # Without caches (a model that returns none) everything so far runs again.
+            end = min(len(self._seen), self._held + self._chunk)
+            tokens = self._seen[self._held if self._caches else 0 : end]
+            inputs = torch.tensor([tokens] * self._batch, device=self._loaded.entry_device)  # (batch, tokens)
+            output = self._loaded.model(input_ids=inputs, use_cache=True, **self._caches, **self._last_only)
+            row: torch.Tensor = output.logits[:, -1].float()  # (batch, vocab)
+            self._caches, self._held = caches_of(output), end
+            return row
+
+    def _climb_now_and_then(self) -> None:
+        back = self._loaded.residency.rest_then_climb()
+        if back:
+            self._tell_climb(back)
+
+    def _tell_climb(self, back: tuple[str, ...]) -> None:
+        self._loaded.tell(LoadEvent("promote", f"memory is free again: {_blocks(back)} came back"))
+
+    def _recover(self, failure: BaseException) -> None:
+        """Make the next try ask for less.
+
+        Raises:
+            DoesNotFitError: Nothing is left to be done.
+        """
+        reason = (str(failure) or type(failure).__name__).splitlines()[0]
+        self._failures += 1
+        with self._loaded.step_lock:
+            residency = self._loaded.residency
+            device = failing_device(failure, residency.accelerators)
+            if not cut_back(self._caches, self._held):
+                self._drop()
+            give_back()
+            return_freed_memory()
+            remedy, moved = self._next_remedy(device)
+        if not remedy:
+            self.close()
+            raise self._refusal(device, reason) from failure
+        recovery = Recovery(device, len(self._seen), remedy, moved, reason)
+        self.recoveries.append(recovery)
+        self._loaded.tell(LoadEvent("recover", str(recovery)))
+
+    def _next_remedy(self, device: str) -> tuple[str, tuple[str, ...]]:
+        """Take the next remedy; return it in words, with the blocks that it moved, or "" where none is left."""
+        if self._failures == 1:
+            return "cached memory was given back", ()
+        waiting = min(self._chunk, len(self._seen) - self._held)
+        if self._divides and waiting > _SHORTEST_CHUNK:
+            self._chunk = max(_SHORTEST_CHUNK, waiting // _CHUNK_STEP)
+            return f"the prompt goes on in chunks of {self._chunk} tokens", ()
+        if device == CPU or not self._loaded.config.enable_progressive_fallback:
+            return "", ()
+        residency = self._loaded.residency
+        moved: tuple[str, ...] = ()
+        stopped = False
+        try:
+            moved = residency.step_down(device, residency.shortfall(device), least=2 ** min(self._failures - 2, 16))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            stopped = True
+        if stopped or not moved:
+            return "", ()
+        return f"{_blocks(moved)} moved from {device} to the CPU", moved
+
+    def _refusal(self, device: str, reason: str) -> DoesNotFitError:
+        return DoesNotFitError(
+            f"memory ran out on {device} after {len(self._seen)} tokens of prompt and answer: {reason}",
+            needed=self._loaded.plan.footprint.kv_cache,
+            available=0,
+            device=device,
+            hint="close what else uses the memory, shorten the context (--context, 'context_length'), or place fewer "
+            "layers there ('max_memory')",
+        )
+
+    def _drop(self) -> None:
+        self._caches, self._held = {}, 0
+
+    # What `Residency` asks of those whose caches go along.
+
+    def move_cache(self, layer: int, device: str) -> None:
+        """Move a layer's part of the caches, or drop them where that cannot be done; the lock is held."""
+        moved = False
+        try:
+            moved = move_layer(self._caches, layer, device)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        if not moved:
+            self._drop()
+
+    def cached_bytes(self, device: str) -> int:
+        """Return the bytes of the caches on a device."""
+        return held_bytes(self._caches, device)
+
+    def share_to_come(self) -> float:
+        """Return the tokens that the caches may still take in, as a share of the context."""
+        return max(0, self._most_tokens - self._held) * self._batch / self._loaded.context_length
+
+
+def _blocks(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_MOST_NAMES])
+    return shown if len(names) <= _MOST_NAMES else f"{shown} and {len(names) - _MOST_NAMES} more"
