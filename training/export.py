@@ -1,4 +1,4 @@
-"""Writes a run's checkpoint as a Hugging Face folder: ``python -m training.export --run training/runs/fourth``."""
+"""Writes a run's checkpoint as a Hugging Face folder: ``python -m training.export --run training/runs/fifth``."""
 
 import argparse
 import json
@@ -72,7 +72,7 @@ def _plain(target: Path) -> None:
 def main() -> None:
     """Exports the run named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("training/runs/fourth"))
+    parser.add_argument("--run", type=Path, default=Path("training/runs/fifth"))
     parser.add_argument("--to", type=Path, default=BUNDLED)
     args = parser.parse_args()
     print(f"{export(args.run, args.to)} bytes in {args.to}")

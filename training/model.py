@@ -37,7 +37,7 @@ def _packed_attention(
 AttentionInterface.register("packed_attention", _packed_attention)
 
 
-LAYERS = 8
+LAYERS = 10
 
 
 def build(vocabulary: int, pad: int, bos: int, end: int, layers: int = LAYERS) -> LlamaForCausalLM:

@@ -1,4 +1,4 @@
-"""Trains the bundled model: ``python -m training.train --run training/runs/fourth``; run it again to go on."""
+"""Trains the bundled model: ``python -m training.train --run training/runs/fifth``; run it again to go on."""
 
 import argparse
 import json
@@ -214,7 +214,7 @@ def save(path: Path, rank: int, weights: MasterWeights, progress: Progress) -> N
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("training/runs/fourth"))
+    parser.add_argument("--run", type=Path, default=Path("training/runs/fifth"))
     parser.add_argument("--steps", type=int, default=12_000, help="total, over all resumed parts")
     parser.add_argument(
         "--decay",

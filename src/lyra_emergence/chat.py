@@ -5,8 +5,8 @@ not fit the model's context is left out in this order, and said in `Answer.notes
 passages are cut to the parts that match; then there are fewer of them. The question itself is never cut: one that is
 too long is an error.
 
-A stream that is closed early, or interrupted, keeps what came as a turn whose `finish_reason` is "interrupted". Any
-other error leaves the conversation as it was before the question.
+A stream that is closed early, interrupted, or out of memory for good, keeps what came as a turn whose `finish_reason`
+is "interrupted". Any other error leaves the conversation as it was before the question.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lyra_emergence.errors import GenerationError
+from lyra_emergence.errors import DoesNotFitError, GenerationError
 from lyra_emergence.journal.search import asks_for_overview, best_part, terms
 from lyra_emergence.journal.text import flowing, plain, words
 from lyra_emergence.prompting import Excerpt, Exchange, PromptWriter
@@ -253,7 +253,8 @@ class ChatSession:
                     break
                 if new:
                     yield ChatChunk(new)
-        except (GeneratorExit, KeyboardInterrupt):
+        except (GeneratorExit, KeyboardInterrupt, DoesNotFitError):
+            # What came stays, also where memory ran out for good.
             if text.strip():
                 self._keep(request, text, "interrupted", None)
             raise
@@ -272,10 +273,22 @@ class ChatSession:
             unknown_citations=tuple(number for number in cited if number not in numbers),
             finish_reason=reason,
             stats=stats,
-            notes=request.notes,
+            notes=(*request.notes, *_memory_notes(stats)),
         )
         self._turns.append(Turn(request.question, answer))
         return answer
+
+
+def _memory_notes(stats: GenerationStats | None) -> Iterator[str]:
+    """Yield a line on memory that ran out, where something was moved or changed for it."""
+    told = [recovery for recovery in (stats.recoveries if stats else ()) if recovery.blocks]
+    if told:
+        moved = sum(len(recovery.blocks) for recovery in told)
+        blocks = "1 block" if moved == 1 else f"{moved} blocks"
+        yield (
+            f"memory ran out on {told[0].device} after {told[0].tokens} tokens: {blocks} of the model went to the CPU, "
+            "and come back when there is room"
+        )
 
 
 def _source(number: int, hit: Hit) -> Source:

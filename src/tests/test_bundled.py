@@ -238,7 +238,8 @@ def test_a_question_that_repeats_itself_gets_an_answer_that_ends(loaded: LoadedM
     answer = told(loaded, question, "I went home.", "ha ha ha ha ha ha ha")
     assert answer.finish_reason in {"stop", "loop"}
     assert answer.stats is not None
-    assert answer.stats.new_tokens <= 24, answer.text
+    # A cycle is found when it stands a fourth time: well before the limit of 160 tokens.
+    assert answer.stats.new_tokens < 64, answer.text
 
 
 def test_an_empty_journal_is_said_to_hold_nothing(loaded: LoadedModel) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,8 @@ import pytest
 
 from lyra_emergence.chat import Answer, ChatChunk, ChatSession, Source, plain
 from lyra_emergence.config import ModelConfig
-from lyra_emergence.errors import GenerationError
-from lyra_emergence.generation import Chunk, GenerationOptions, GenerationStats, stream_generate
+from lyra_emergence.errors import DoesNotFitError, GenerationError
+from lyra_emergence.generation import Chunk, GenerationOptions, GenerationStats, Recovery, stream_generate
 from lyra_emergence.journal import Journal, JournalEntry, JournalIndex, open_journal
 from lyra_emergence.loading import load
 
@@ -85,6 +85,33 @@ def ask(chat: ChatSession, question: str) -> Answer:
     *_, last = chat.ask(question)
     assert last.answer is not None
     return last.answer
+
+
+def test_an_answer_that_runs_out_of_memory_for_good_keeps_what_came() -> None:
+    script = Script([["One ", DoesNotFitError("memory ran out on cpu", needed=2, available=1)], ["Two"]])
+    chat = session(script)
+    with pytest.raises(DoesNotFitError):
+        list(chat.ask("Why?"))
+    assert [(turn.answer.text, turn.answer.finish_reason) for turn in chat.turns] == [("One", "interrupted")]
+    list(chat.ask("And then?"))
+    assert chat.last is not None
+    assert chat.last.text == "Two"
+
+
+def test_memory_that_ran_out_on_the_way_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = Recovery("cuda:0", 40, "x moved", ("model.layers.1", "model.layers.0"), "CUDA out of memory")
+    again = Recovery("cuda:0", 40, "cached memory was given back", (), "CUDA out of memory")
+    chat = session(Script([["One"], ["Two"]]))
+    monkeypatch.setattr(f"{__name__}.STATS", replace(STATS, recoveries=(again, gone)))
+    list(chat.ask("Why?"))
+    assert chat.last is not None
+    assert chat.last.notes == (
+        "memory ran out on cuda:0 after 40 tokens: 2 blocks of the model went to the CPU, and come back when there is "
+        "room",
+    )
+    monkeypatch.setattr(f"{__name__}.STATS", replace(STATS, recoveries=(again,)))
+    list(chat.ask("Why?"))
+    assert chat.last.notes == ()
 
 
 def test_an_answer_streams_and_ends_with_its_sources() -> None:
