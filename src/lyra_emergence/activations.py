@@ -13,7 +13,7 @@ experts, a norm in float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class Activations:
         experts: Where a layer runs with its experts, once the caches are full.
         earlier_experts: As `experts`, in that earlier chunk.
         experts_alone: Where experts run and no layer does.
+        unfused: On top of `layer` on the CPU, where its kernels cannot fuse attention and make the matrix of scores.
+        earlier_unfused: On top of `earlier`, the same.
     """
 
     embedding: int
@@ -65,6 +67,8 @@ class Activations:
     experts: int = 0
     earlier_experts: int = 0
     experts_alone: int = 0
+    unfused: int = 0
+    earlier_unfused: int = 0
 
     def of(
         self,
@@ -74,17 +78,29 @@ class Activations:
         experts: bool = False,
         head: bool = False,
         kv_cache: int = 0,
+        on_cpu: bool = False,
     ) -> int:
         """Return the bytes on a device that runs the parts named and holds `kv_cache` bytes of full caches."""
         unfilled = int((1 - self.filled) * kv_cache)
-        in_layer = max(self.layer, self.earlier - unfilled)
+        in_layer = max(self.layer + self.unfused * on_cpu, self.earlier + self.earlier_unfused * on_cpu - unfilled)
         in_experts = max(self.experts, self.earlier_experts - unfilled) if layer else self.experts_alone
         return max(self.embedding * embedding, in_layer * layer, in_experts * experts, self.head * head)
 
     def with_experts_in_layers(self) -> Activations:
         """Return the figures for a model whose layers are not divided: each runs with its experts, if it has any."""
         layer, earlier = max(self.layer, self.experts), max(self.earlier, self.earlier_experts)
-        return Activations(self.embedding, layer, self.head, earlier, self.filled)
+        return replace(self, layer=layer, earlier=earlier, experts=0, earlier_experts=0, experts_alone=0)
+
+    def with_unfused_attention(self, shape: ModelShape, context: int, batch: int, chunk: int) -> Activations:
+        """Return the figures with what attention takes on the CPU, whose fused kernel wants keys as wide as values."""
+        whole, rest = context // chunk * chunk, context % chunk
+        if not whole or not rest:
+            return replace(self, unfused=_scores(shape, min(chunk, context), context, batch))
+        return replace(
+            self,
+            unfused=_scores(shape, rest, context, batch),
+            earlier_unfused=_scores(shape, chunk, whole, batch),
+        )
 
 
 def estimate_activations(shape: ModelShape, context: int, batch: int, chunk: int) -> Activations:
@@ -107,6 +123,17 @@ def estimate_activations(shape: ModelShape, context: int, batch: int, chunk: int
         earlier_experts=earlier.experts,
         experts_alone=max(earlier.experts_alone, last.experts_alone),
     )
+
+
+def _scores(shape: ModelShape, tokens: int, context: int, batch: int) -> int:
+    """Scores of every head and their softmax, the mask twice, and what is of lower precision, all in float32."""
+    if shape.key_width == shape.value_width:
+        return 0
+    reach = shape.reach(context, tokens)
+    matrices = 2 * (shape.heads + 1) * tokens * reach
+    widths = shape.heads * (shape.key_width + shape.value_width)
+    converted = (tokens + reach) * widths if shape.itemsize < _FLOAT32 else 0
+    return batch * (matrices + converted) * _FLOAT32
 
 
 def _in_a_pass(shape: ModelShape, tokens: int, context: int, batch: int) -> Activations:

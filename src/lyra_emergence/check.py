@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lyra_emergence.errors import DoesNotFitError
 from lyra_emergence.framework import private_bytes
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ __all__ = ["KERNEL_BUFFERS", "LOW_PRECISION_BUFFERS", "DeviceCheck", "PlanCheck"
 JSON_FORMAT = "lyra.check/1"
 KERNEL_BUFFERS = 11 * 2**20
 """Main memory that kernels' scratch and the allocator's loose ends take beside tensors: 1 to 10 MiB were measured."""
-LOW_PRECISION_BUFFERS, _LOW_PRECISION_SHARE = 10 * 2**20, 0.03
+LOW_PRECISION_BUFFERS, _LOW_PRECISION_SHARE = 11 * 2**20, 0.025
 """The same where the dtype is not float32, and a share of the activations on top: products of matrices in bfloat16 keep
 their sums in float32. In Bloom's written-out attention over 3,072 tokens it was 18 MiB beside 545 of activations."""
 _NEW_TOKENS = 4
@@ -191,7 +192,18 @@ def _run(loaded: LoadedModel, plan: Plan) -> tuple[int, int, float, float]:
     clock = time.perf_counter()
     for _ in range(new):
         stepper.step(token)
-    return prompt, new, prefill, time.perf_counter() - clock
+    decode = time.perf_counter() - clock
+    if stepper.recoveries:
+        # Generation would go on; a plan that says "fits" was wrong all the same.
+        first = stepper.recoveries[0]
+        raise DoesNotFitError(
+            f"memory ran out on {first.device}, where the plan said that all fits: {first.reason}",
+            needed=plan.footprint.kv_cache,
+            available=0,
+            device=first.device,
+            hint="run it again with nothing else running; if it says the same, the plan is wrong",
+        )
+    return prompt, new, prefill, decode
 
 
 def _devices(plan: Plan, held: dict[str, int | None], peaks: dict[str, int | None]) -> tuple[DeviceCheck, ...]:

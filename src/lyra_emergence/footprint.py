@@ -189,6 +189,7 @@ def estimate_footprint(
     )
     estimated = estimate_activations(shape, context, batch, PREFILL_CHUNK)
     activations = trial.activations if trial else estimated
+    activations = activations.with_unfused_attention(shape, context, batch, PREFILL_CHUNK)
     if not any(block.kind == "experts" for block in blocks):
         activations = activations.with_experts_in_layers()
     workspace = _quantized_workspace(index, quantization, min(context, PREFILL_CHUNK) * batch, shape.itemsize)

@@ -105,7 +105,7 @@ def _use(device: str, placements: Sequence[Placement], footprint: Footprint, bud
     blocks = {block.name: block for block in footprint.blocks}
     parts = {kind: True for kind in ("embedding", "layer", "experts", "head") if any(p.kind == kind for p in runs)}
     kv_cache = sum(p.kv_cache for p in runs)
-    activations = footprint.activations.of(**parts, kv_cache=kv_cache)
+    activations = footprint.activations.of(**parts, kv_cache=kv_cache, on_cpu=device == CPU)
     if device == CPU and "layer" in parts:
         # Packing is over before there is a cache.
         activations = max(activations, footprint.packing - kv_cache)

@@ -241,6 +241,19 @@ def test_what_cannot_be_tried_says_why(tmp_path: Path, config: dict[str, Any], r
         run_trial(index, 64, 1, "float32", 16, trust_remote_code=False)
 
 
+def test_keys_wider_than_values_are_not_fused_on_the_cpu(tmp_path: Path) -> None:
+    fused = estimate_footprint(described(tmp_path / "llama", "llama"), context_length=700).activations
+    assert fused.of(layer=True, on_cpu=True) == fused.of(layer=True)
+    index = described(tmp_path / "latent", "deepseek_v3")
+    heads = index.config["num_attention_heads"]
+    widths = index.config["qk_nope_head_dim"] + index.config["qk_rope_head_dim"] + index.config["v_head_dim"]
+    for dtype, converted in (("float32", 0), ("bfloat16", 2 * 700 * heads * widths)):
+        latent = estimate_footprint(index, context_length=700, batch=2, dtype=dtype).activations
+        # Scores and their softmax of every head, and a mask twice, in float32; the rest where it is converted.
+        more = 2 * 4 * (2 * (heads + 1) * 700 * 700 + converted)
+        assert latent.of(layer=True, on_cpu=True) == latent.of(layer=True) + more
+
+
 def test_experts_that_are_merged_take_main_memory(checkpoints: Callable[[str], Path]) -> None:
     index = read_checkpoint(checkpoints("mixtral"))
     made = estimate_footprint(index)
