@@ -1,6 +1,6 @@
 """Fails every allocation of loading and answering in turn, and checks that no token is lost and nothing leaks.
 
-    uv run python -m benchmarks.oom_sweep                    # every allocation; an hour or more on two cores
+    uv run python -m benchmarks.oom_sweep                    # every allocation; about three hours a placement
     uv run python -m benchmarks.oom_sweep --every 25         # every 25th
     uv run python -m benchmarks.oom_sweep --place split --family mixtral
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lyra_emergence.budgets import Budget, Request
     from lyra_emergence.footprint import BlockFootprint, Footprint
 
-__all__ = ["place", "slow_bytes"]
+__all__ = ["fast_layers", "place", "slow_bytes"]
 
 _FEW_EXPERTS = 0.5
 """Share of a mixture's experts that a token reads, at most, where they are placed after the layers."""
@@ -52,7 +52,7 @@ def place(
             _fill(_Filler(footprint, budgets, apart=True), request, layer_limit, experts_first=first)
             for first in (False, True)
         ]
-        placed = min((placed, *ways), key=lambda way: (-_fast_layers(way), slow_bytes(way, footprint)))
+        placed = min((placed, *ways), key=lambda way: (-fast_layers(way), slow_bytes(way, footprint)))
     return _spill_to_disk(placed, footprint, request.cpu)
 
 
@@ -63,7 +63,8 @@ def slow_bytes(placements: Sequence[Placement], footprint: Footprint) -> float:
     return sum(_read(blocks[p.block], blocks) * blocks[p.block].active_share for p in slow)
 
 
-def _fast_layers(placements: Sequence[Placement]) -> int:
+def fast_layers(placements: Sequence[Placement]) -> int:
+    """Return how many layers are on accelerators."""
     return sum(p.kind == "layer" and p.device not in (CPU, DISK) for p in placements)
 
 

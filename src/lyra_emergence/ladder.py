@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lyra_emergence.budgets import Request
-from lyra_emergence.filling import place
+from lyra_emergence.filling import fast_layers, place
 from lyra_emergence.placement import Placement, check_fits, measure_use
 from lyra_emergence.units import format_bytes
 
@@ -71,7 +71,7 @@ def _top_rungs(config: ModelConfig, footprint: Footprint, request: Request) -> t
     full = Rung("full", (), fits=False, reason=_whole_model_shortfall(footprint, request))
     if request.whole_on is not None:
         return (full,)
-    if _fast_layers(placements):
+    if fast_layers(placements):
         return (full, _checked("planned", placements, footprint, request, _as_many(placements)))
     if not config.enable_progressive_fallback:
         # The CPU is then no fallback, but the best that an automatic map can do.
@@ -81,10 +81,6 @@ def _top_rungs(config: ModelConfig, footprint: Footprint, request: Request) -> t
 
 def _is_fast(placement: Placement) -> bool:
     return placement.device not in ("cpu", "disk")
-
-
-def _fast_layers(placements: tuple[Placement, ...]) -> int:
-    return sum(p.kind == "layer" and _is_fast(p) for p in placements)
 
 
 def _as_many(placements: tuple[Placement, ...]) -> str:
@@ -115,7 +111,7 @@ def _whole_model_shortfall(footprint: Footprint, request: Request) -> str:
 
 
 def _fallback_rung(wanted: int | None, above: Rung, footprint: Footprint, request: Request) -> Iterator[Rung]:
-    planned = _fast_layers(above.placements)
+    planned = fast_layers(above.placements)
     if wanted == 0 or (above.fits and planned == 0):
         return
     if not above.fits:
@@ -132,7 +128,7 @@ def _fallback_rung(wanted: int | None, above: Rung, footprint: Footprint, reques
 def _lower_rung(wanted: int | None, footprint: Footprint, request: Request) -> Iterator[Rung]:
     layers = sum(block.kind == "layer" for block in footprint.blocks)
     placements = place(footprint, request, layer_limit=layers if wanted is None else wanted)
-    if _fast_layers(placements):
+    if fast_layers(placements):
         reason = _as_many(placements) if wanted is None else f"gpu_layers_fallback is {wanted}"
         yield _checked("fallback", placements, footprint, request, reason)
     elif wanted is not None:
