@@ -1,8 +1,9 @@
 """Fails every allocation of loading and answering in turn, and checks that no token is lost and nothing leaks.
 
-    uv run python -m benchmarks.oom_sweep                    # every allocation; about three hours a placement
+    uv run python -m benchmarks.oom_sweep --jobs 2           # every allocation; minutes a placement
     uv run python -m benchmarks.oom_sweep --every 25         # every 25th
     uv run python -m benchmarks.oom_sweep --place split --family mixtral
+    uv run python -m benchmarks.oom_sweep --record runs.jsonl    # stopped, and called again: goes on where it was
 
 On the simulated accelerator, a tiny checkpoint of a family is loaded and asked for 12 tokens. First the allocations of
 an undisturbed run are counted. Then, for each of them, one run has that allocation refused, and another one it and all
@@ -13,18 +14,25 @@ and answer again afterwards. It must have met its failure: a run that did not is
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
+import json
 import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from tests.simulated_accelerator import SimulatedAccelerator
 
@@ -35,38 +43,95 @@ PLACES: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run: the allocation that is refused (none for 0), alone or with all after it."""
+
+    family: str
+    place: str
+    nth: int
+    persistent: bool
+
+
 def main() -> int:
     """Run the sweep, print its counts, and return 1 where a run ended wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="sweep every n-th allocation")
     parser.add_argument("--place", action="append", choices=list(PLACES), help="repeatable; all by default")
     parser.add_argument("--family", action="append", help="of tests/families.py; repeatable; llama by default")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that run beside each other")
+    parser.add_argument(
+        "--record", type=Path, help="a file that takes a line per run; runs it holds are not made again"
+    )
     arguments = parser.parse_args()
 
-    from tests import families, simulated_accelerator
-
-    library = simulated_accelerator.load()
-    wrong = 0
-    with tempfile.TemporaryDirectory() as folder, library.lent() as sim:
-        for family in arguments.family or ["llama"]:
-            directory = families.build_checkpoint(family, Path(folder) / family)
-            for place in arguments.place or list(PLACES):
-                wrong += sweep(sim, directory, family, place, arguments.every)
+    families = arguments.family or ["llama"]
+    with tempfile.TemporaryDirectory() as folder, _mapping(arguments.jobs) as mapping:
+        _build(families, Path(folder))
+        wrong = sum(
+            sweep(mapping, Path(folder) / family, place, arguments.every, record=_Record(arguments.record))
+            for family in families
+            for place in arguments.place or list(PLACES)
+        )
     return 1 if wrong else 0
 
 
-def sweep(sim: SimulatedAccelerator, directory: Path, family: str, place: str, every: int) -> int:
+class _Pool:
+    """Runs cases in processes of their own: each has a simulated accelerator to itself."""
+
+    def __init__(self, jobs: int) -> None:
+        self._pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+
+    def __enter__(self) -> Callable[..., Iterable[Any]]:
+        return partial(self._pool.map, chunksize=4)
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _mapping(jobs: int) -> Any:
+    return _Pool(jobs) if jobs > 1 else nullcontext(map)
+
+
+def _build(names: list[str], folder: Path) -> None:
+    from tests import families
+
+    for name in names:
+        families.build_checkpoint(name, folder / name)
+
+
+class _Record:
+    """The outcomes of runs made before, in a file of JSON lines; or nothing where there is no file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        self._known = {Case(**line["case"]): line["outcome"] for line in map(json.loads, lines)}
+
+    def outcome(self, case: Case) -> str | None:
+        return self._known.get(case)
+
+    def add(self, case: Case, outcome: str) -> None:
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"case": asdict(case), "outcome": outcome}) + "\n")
+
+
+def sweep(mapping: Callable[..., Iterable[Any]], directory: Path, place: str, every: int, *, record: _Record) -> int:
     """Sweep one model in one placement; return how many runs ended wrong."""
     started = time.perf_counter()
-    settings = _settings(place, directory)
-    total = run(sim, directory, settings, 0, persistent=False)[1]
+    family = directory.name
+    undisturbed, total = run(directory, Case(family, place, 0, persistent=False))
+    if undisturbed != "right" or not total:
+        print(f"{family} {place}: undisturbed: {undisturbed}, {total} allocations", flush=True)
+        return 1
+    cases = [Case(family, place, nth, persistent) for nth in range(1, total + 1, every) for persistent in (False, True)]
     counts: Counter[str] = Counter()
-    for nth in range(1, total + 1, every):
-        for persistent in (False, True):
-            outcome, _ = run(sim, directory, settings, nth, persistent=persistent)
-            counts[outcome] += 1
-            if outcome != "right":
-                print(f"{family} {place}: allocation {nth}{' and all after it' * persistent}: {outcome}", flush=True)
+    for case, outcome in _outcomes(mapping, directory, cases, record):
+        counts[outcome] += 1
+        if outcome != "right":
+            which = f"allocation {case.nth}{' and all after it' * case.persistent}"
+            print(f"{family} {place}: {which}: {outcome}", flush=True)
     wrong = sum(counts.values()) - counts["right"]
     print(
         f"{family:10} {place:6} {total:5} allocations, {sum(counts.values()):5} runs, {counts['right']:5} right, "
@@ -74,6 +139,21 @@ def sweep(sim: SimulatedAccelerator, directory: Path, family: str, place: str, e
         flush=True,
     )
     return wrong
+
+
+def _outcomes(
+    mapping: Callable[..., Iterable[Any]], directory: Path, cases: list[Case], record: _Record
+) -> Iterator[tuple[Case, str]]:
+    open_cases = []
+    for case in cases:
+        known = record.outcome(case)
+        if known is None:
+            open_cases.append(case)
+        else:
+            yield case, known
+    for case, (outcome, _) in zip(open_cases, mapping(partial(run, directory), open_cases), strict=True):
+        record.add(case, outcome)
+        yield case, outcome
 
 
 def _settings(place: str, directory: Path) -> dict[str, Any]:
@@ -89,17 +169,34 @@ def _settings(place: str, directory: Path) -> dict[str, Any]:
     return {} if wanted is None else {"device_map": {key.format(**names): device for key, device in wanted.items()}}
 
 
-def run(
-    sim: SimulatedAccelerator, directory: Path, settings: dict[str, Any], nth: int, *, persistent: bool
-) -> tuple[str, int]:
-    """Load and answer with allocation `nth` refused (none for 0); return how it ended, and the allocations counted."""
+@cache
+def _accelerator() -> SimulatedAccelerator:
+    """Switch this process's simulated accelerator on, once and for good."""
+    import transformers  # noqa: F401 - see below
+
+    from tests import simulated_accelerator
+
+    lending = ExitStack()
+    sim = lending.enter_context(simulated_accelerator.load().lent())
+    atexit.register(lending.close)
+    # Every recovery collects garbage; looking through all of torch and transformers took nine tenths of a run.
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)
+    return sim
+
+
+def run(directory: Path, case: Case) -> tuple[str, int]:
+    """Load and answer with an allocation refused; return how it ended, and the allocations counted."""
     from lyra_emergence.config import ModelConfig
     from lyra_emergence.loading import load
     from tests.running import greedy, reference
 
+    sim = _accelerator()
+    settings = _settings(case.place, directory)
     expected = reference(directory)
     sim.reset()
-    sim.fail_at(nth, persistent=persistent)
+    sim.fail_at(case.nth, persistent=case.persistent)
     try:
         loaded = load(ModelConfig(**settings), directory=directory)
         tokens = greedy(loaded)
@@ -113,7 +210,7 @@ def run(
         sim.fail_at(0)
         return f"{type(error).__name__}: {error}", 0
     gc.collect()
-    return next(_findings(sim, nth == 0 or met, tokens == expected, again == expected), "right"), count
+    return next(_findings(sim, case.nth == 0 or met, tokens == expected, again == expected), "right"), count
 
 
 def _findings(sim: SimulatedAccelerator, met: bool, same: bool, again: bool) -> Iterator[str]:
