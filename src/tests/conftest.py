@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -74,15 +75,22 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def simulated_devices(request: pytest.FixtureRequest) -> SimulatedAccelerator:
+def simulated_devices(request: pytest.FixtureRequest) -> Iterator[SimulatedAccelerator]:
     """The registered backend, switched off: what a test that asks for no device sees."""
+    import transformers  # noqa: F401 - see below
+
     from . import simulated_accelerator
 
     cache = request.config.cache
     try:
-        return simulated_accelerator.load(cache.mkdir("simulated_accelerator") if cache else None)
+        accelerator = simulated_accelerator.load(cache.mkdir("simulated_accelerator") if cache else None)
     except simulated_accelerator.CompilerMissingError as error:
         pytest.skip(str(error))
+    # Recovering from a lack of memory collects garbage: not every time through all of torch and transformers.
+    gc.collect()
+    gc.freeze()
+    yield accelerator
+    gc.unfreeze()
 
 
 @pytest.fixture

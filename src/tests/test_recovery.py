@@ -104,11 +104,61 @@ def test_the_remedies_come_in_order(checkpoints: Checkpoints, sim: SimulatedAcce
         "the prompt goes on in chunks of 64 tokens",
         "model.embed_tokens, model.layers.3 moved from sim:0 to the CPU",
     ]
+    # The first layer is the last to leave: its keys and values go before it.
+    assert remedies[-2] == "keys and values of the layers on sim:0 moved to main memory"
+    assert stats.recoveries[-1].blocks[0] == "model.layers.0"
     assert {recovery.device for recovery in stats.recoveries} == {"sim:0"}
     assert set(loaded.residency.away) == {block.name for block in loaded.blocks}
     told = [event.message for event in events if event.kind == "recover"]
     assert told == [str(recovery) for recovery in stats.recoveries]
     assert told[0] == "memory ran out on sim:0 after 200 tokens; nothing was lost: cached memory was given back"
+    loaded.close()
+
+
+def test_keys_and_values_leave_alone_where_no_block_may(checkpoints: Checkpoints, sim: SimulatedAccelerator) -> None:
+    loaded = load(ModelConfig(enable_progressive_fallback=False), directory=checkpoints("llama"))
+    prompt = (PROMPT * 40)[:200]
+    undisturbed = [token for chunk in stream_generate(loaded, prompt, OPTIONS) for token in chunk.token_ids]
+    at_rest = sim.settled()
+    stream = stream_generate(loaded, prompt, OPTIONS)
+    tokens = [token for _ in range(2) for token in next(stream).token_ids]
+    cached = sim.settled()[0] - at_rest[0]
+    # A step makes one layer's keys and values anew, a quarter of all: there is less than that.
+    sim.occupy(sim.free(0) - cached // 8)
+    tokens += [token for _ in range(4) for token in next(stream).token_ids]
+    assert sim.refusals(0) > 0
+    assert sim.settled() == at_rest
+    sim.occupy(0)
+    rest = list(stream)
+    assert tokens + [token for chunk in rest for token in chunk.token_ids] == undisturbed
+    remedies = [recovery.remedy for recovery in rest[-1].stats.recoveries]
+    assert remedies == [
+        "cached memory was given back",
+        "keys and values of the layers on sim:0 moved to main memory",
+    ]
+    assert loaded.residency.away == ()
+    loaded.close()
+
+
+def test_keys_and_values_come_back(
+    checkpoints: Checkpoints, sim: SimulatedAccelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lyra_emergence.runtime.residency._FIRST_WAIT", 2)
+    directory = checkpoints("llama")
+    loaded = load(ModelConfig(), directory=directory)
+    stepper = Stepper(loaded)
+    logits = stepper.prefill(PROMPT)
+    held = stepper.cached_bytes("sim:0")
+    assert loaded.residency.offload_caches("sim:0")
+    assert (stepper.cached_bytes("sim:0"), stepper.cached_bytes("cpu")) == (0, held)
+    tokens = []
+    for _ in range(4):
+        tokens.append(int(logits.argmax(-1)))
+        logits = stepper.step(tokens[-1])
+    assert tokens == reference(directory)[:4]
+    assert stepper.cached_bytes("cpu") == 0
+    assert stepper.cached_bytes("sim:0") > held
+    stepper.close()
     loaded.close()
 
 

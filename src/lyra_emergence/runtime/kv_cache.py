@@ -1,16 +1,42 @@
-"""What Lyra does with transformers' caches beside passing them on: cutting them back, and moving a layer's part."""
+"""What Lyra does with transformers' caches beside passing them on.
+
+Cutting them back, moving a layer's part, and keeping keys and values in main memory for layers of an accelerator.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
-__all__ = ["cut_back", "held_bytes", "move_layer"]
+__all__ = ["OffloadedLayer", "cut_back", "held_bytes", "move_layer", "offload", "offloading_caches", "onload"]
+
+_CPU = torch.device("cpu")
+
+
+class OffloadedLayer(DynamicLayer):  # type: ignore[misc]  # transformers' types are not followed
+    """The keys and values of a layer, in main memory while the layer computes on an accelerator.
+
+    A pass adds its tokens to them, and attention gets a copy on the device that lives no longer than it does: the
+    caches of one layer are there at a time. Only the new tokens cross to main memory.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in keys and values, (batch, heads, tokens, head size) each; return all so far, on the same device."""
+        there = key_states.device
+        keys, values = super().update(key_states.to(_CPU), value_states.to(_CPU), *args, **kwargs)
+        self.device = there
+        return keys.to(there), values.to(there)
+
+
+_KNOWN = (DynamicLayer, DynamicSlidingWindowLayer, OffloadedLayer)
+"""The classes that are known through and through: a class derived from them may keep more than they do."""
 
 
 def cut_back(caches: Mapping[str, Any], tokens: int) -> bool:
@@ -24,7 +50,7 @@ def cut_back(caches: Mapping[str, Any], tokens: int) -> bool:
 
 
 def _layer_cut_back(layer: Any, tokens: int) -> bool:
-    if layer is None or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    if type(layer) not in _KNOWN:
         return False
     if not layer.is_initialized:
         return True
@@ -56,8 +82,11 @@ def _part_moved(cache: Any, index: int, device: str) -> bool:
     if not isinstance(layers, list) or index >= len(layers):
         return False
     layer = layers[index]
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    if type(layer) not in _KNOWN:
         return False
+    if isinstance(layer, OffloadedLayer):
+        layer.device = torch.device(device)
+        return True
     held = {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
     moved = {name: tensor.to(device) for name, tensor in held.items()}
     for name, tensor in moved.items():
@@ -65,6 +94,71 @@ def _part_moved(cache: Any, index: int, device: str) -> bool:
     if layer.is_initialized:
         layer.device = torch.device(device)
     return True
+
+
+def offload(caches: Mapping[str, Any], indices: Collection[int]) -> bool:
+    """Move keys and values of the layers numbered `indices` to main memory, whatever computes them.
+
+    A window that slides stays where it is: it is small, and does not grow.
+
+    Returns:
+        Whether a layer was moved.
+
+    Raises:
+        RuntimeError: Main memory ran out; the layers moved so far stay there, and the others where they were.
+    """
+    moved = False
+    for cache, index in _chosen(caches, indices):
+        layer = cache.layers[index]
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = _in_main_memory(layer)
+            moved = True
+    return moved
+
+
+def _in_main_memory(layer: DynamicLayer) -> OffloadedLayer:
+    offloaded = OffloadedLayer()
+    if layer.is_initialized:
+        offloaded.lazy_initialization(layer.keys, layer.values)
+        offloaded.keys, offloaded.values = layer.keys.to(_CPU), layer.values.to(_CPU)
+    return offloaded
+
+
+def onload(caches: Mapping[str, Any], indices: Collection[int]) -> None:
+    """Move what `offload` took to main memory back to the devices that compute it.
+
+    Raises:
+        RuntimeError: Memory ran out; the layers moved so far stay there, and the others in main memory.
+    """
+    for cache, index in _chosen(caches, indices):
+        layer = cache.layers[index]
+        if type(layer) is not OffloadedLayer:
+            continue
+        back = DynamicLayer()
+        if layer.is_initialized:
+            back.lazy_initialization(layer.keys, layer.values)
+            back.device = layer.device
+            back.keys, back.values = layer.keys.to(layer.device), layer.values.to(layer.device)
+        cache.layers[index] = back
+
+
+def _chosen(caches: Mapping[str, Any], indices: Collection[int]) -> Iterator[tuple[Any, int]]:
+    for cache in caches.values():
+        layers = getattr(cache, "layers", None)
+        if isinstance(layers, list):
+            yield from ((cache, index) for index in indices if index < len(layers))
+
+
+def offloading_caches(config: Any, indices: Collection[int]) -> dict[str, Any]:
+    """Return empty caches for a model, of which the layers numbered `indices` lie in main memory.
+
+    Args:
+        config: transformers' configuration of a model whose caches are of the classes known here.
+        indices: Numbers of layers.
+    """
+    caches = {"past_key_values": DynamicCache(config=config)}
+    offload(caches, indices)
+    return caches
 
 
 def held_bytes(caches: Mapping[str, Any], device: str) -> int:

@@ -21,7 +21,7 @@ from lyra_emergence.runtime.blocks import REST
 from lyra_emergence.runtime.memory import free_bytes, give_back
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from lyra_emergence.placement import Placement
     from lyra_emergence.plan import Plan
@@ -47,8 +47,14 @@ class Follower(Protocol):
     def cached_bytes(self, device: str) -> int:
         """Return the bytes of its caches on a device."""
 
-    def share_to_come(self) -> float:
-        """Return the tokens that its caches may still take in, as a share of the context."""
+    def share_to_come(self, device: str) -> float:
+        """Return the tokens that its caches on a device may still take in, as a share of the context."""
+
+    def offload_cache(self, device: str, layers: Collection[int]) -> bool:
+        """Keep its caches of `layers`, which compute on `device`, in main memory; return whether that changed any."""
+
+    def onload_cache(self, device: str, layers: Collection[int]) -> None:
+        """Take them back to the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +81,11 @@ class Residency:
         self._blocks = {block.name: block for block in blocks}
         self._handover = handover
         self._placements = {p.block: p for p in plan.placements if p.block in self._blocks}
-        self._layers = {block.name: block.index for block in plan.footprint.blocks if block.kind == "layer"}
+        layers = ((block.name, block.index) for block in plan.footprint.blocks if block.name in self._blocks)
+        self._layers = {name: at for name, at in layers if at is not None and self._placements[name].kind == "layer"}
         self._followers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._away: list[_Moved] = []
+        self._offloaded: set[str] = set()
         self._wait, self._steps, self._climbed = _FIRST_WAIT, 0, False
         self._connect()
 
@@ -109,24 +117,33 @@ class Residency:
         """Temporaries at their most, and what the caches of all followers may still grow by."""
         here = [p for name, p in self._placements.items() if self._blocks[name].device == device]
         kv_cache = sum(p.kv_cache for p in here)
-        to_come = int(kv_cache * sum(follower.share_to_come() for follower in self._followers))
+        to_come = int(kv_cache * sum(follower.share_to_come(device) for follower in self._followers))
         return self._activations(here, kv_cache) + to_come
 
     def _activations(self, here: Sequence[Placement], kv_cache: int) -> int:
         parts = {kind: True for kind in ("embedding", "layer", "experts", "head") if any(p.kind == kind for p in here)}
         return self._plan.footprint.activations.of(**parts, kv_cache=kv_cache)
 
-    def step_down(self, device: str, short: int, least: int = 1) -> tuple[str, ...]:
+    def step_down(self, device: str, short: int, least: int = 1, *, but_one: bool = False) -> tuple[str, ...]:
         """Move blocks from `device` to the CPU until `short` bytes are freed there, and at least `least` blocks.
 
+        Args:
+            device: The device that is short of memory.
+            short: Bytes to free.
+            least: Blocks to move at least.
+            but_one: Leave one layer there, and what leaves after it.
+
         Returns:
-            The blocks moved; () where none is left there.
+            The blocks moved; () where none is left to move.
 
         Raises:
             RuntimeError: Main memory has no room for a block whose CPU form is a copy.
         """
         leaving: list[str] = []
-        for name in self._leaving_order(device):
+        order = list(self._leaving_order(device))
+        if but_one:
+            order = order[: max((at for at, name in enumerate(order) if name in self._layers), default=len(order))]
+        for name in order:
             if short <= 0 and len(leaving) >= least:
                 break
             leaving.append(name)
@@ -138,10 +155,28 @@ class Residency:
         if leaving:
             self._connect()
             give_back()
-            # Memory that runs out again once blocks are back is somebody else's now and then: wait longer.
-            self._wait = min(_LONGEST_WAIT, 2 * self._wait) if self._climbed else self._wait
-            self._steps, self._climbed = 0, False
+            self._fell_short()
         return tuple(leaving)
+
+    def offload_caches(self, device: str) -> bool:
+        """Keep the caches of the layers on `device` in main memory from now on, for every running generator.
+
+        Returns:
+            Whether that moved any.
+        """
+        layers = self._layers_on(device)
+        moved = [follower.offload_cache(device, layers) for follower in self._followers]
+        self._offloaded |= {device} if any(moved) else set()
+        self._fell_short()
+        return any(moved)
+
+    def _layers_on(self, device: str) -> frozenset[int]:
+        return frozenset(at for name, at in self._layers.items() if self._blocks[name].device == device)
+
+    def _fell_short(self) -> None:
+        # Memory that runs out again once blocks are back is somebody else's now and then: wait longer.
+        self._wait = min(_LONGEST_WAIT, 2 * self._wait) if self._climbed else self._wait
+        self._steps, self._climbed = 0, False
 
     def _leaving_order(self, device: str) -> Iterator[str]:
         here = [name for name, block in self._blocks.items() if block.device == device and name != REST]
@@ -181,11 +216,25 @@ class Residency:
         if back:
             self._climbed = True
             self._connect()
+        if not self._away:
+            self._onload_caches()
         return tuple(back)
+
+    def _onload_caches(self) -> None:
+        """Bring caches back from main memory, where a device has room for them whole."""
+        for device in tuple(self._offloaded):
+            here = [p for name, p in self._placements.items() if self._blocks[name].device == device]
+            whole = sum(p.kv_cache for p in here)
+            if len(self._followers) * whole + self._activations(here, whole) > free_bytes(device):
+                continue
+            self._offloaded.discard(device)
+            self._climbed = True
+            for follower in self._followers:
+                follower.onload_cache(device, self._layers_on(device))
 
     def rest_then_climb(self) -> tuple[str, ...]:
         """Count a step, and climb where enough of them went by since the last try or the last time memory ran out."""
-        if not self._away:
+        if not self._away and not self._offloaded:
             return ()
         self._steps += 1
         if self._steps < self._wait:

@@ -2,9 +2,9 @@
 
 When a step runs out of memory, its caches are cut back to what they held before it, or dropped and made anew from the
 tokens; then less is asked of the device that fell short, one remedy after the other: what the frameworks hold on to is
-given back; a prompt runs in shorter chunks; blocks leave for the CPU, their caches with them, up to the last one. No
-token is lost, and the step is taken again. Recovery happens after the `except` block: while the exception lives, its
-frames hold the tensors of the failed step.
+given back; a prompt runs in shorter chunks; blocks leave for the CPU, their caches with them; the caches of what is
+left go to main memory; the last blocks follow. No token is lost, and the step is taken again. Recovery happens after
+the `except` block: while the exception lives, its frames hold the tensors of the failed step.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from lyra_emergence.errors import DoesNotFitError, is_out_of_memory, without_frames
 from lyra_emergence.footprint import PREFILL_CHUNK
 from lyra_emergence.load_report import LoadEvent
-from lyra_emergence.runtime.kv_cache import cut_back, held_bytes, move_layer
+from lyra_emergence.runtime.kv_cache import cut_back, held_bytes, move_layer, offload, offloading_caches, onload
 from lyra_emergence.runtime.memory import give_back, keep_freed_memory, return_freed_memory
 from lyra_emergence.runtime.residency import CPU, failing_device
 from lyra_emergence.runtime.stepping import caches_of, feeding_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from lyra_emergence.loading import LoadedModel
 
@@ -84,6 +84,7 @@ class Stepper:
         self._divides = feeding.chunk is not None
         self._chunk = feeding.chunk or loaded.context_length
         self._failures = 0
+        self._offloaded: dict[str, frozenset[int]] = {}
         with loaded.step_lock:
             loaded.residency.add(self)
 
@@ -170,11 +171,18 @@ class Stepper:
             # Without caches (a model that returns none) everything so far runs again.
             end = min(len(self._seen), self._held + self._chunk)
             tokens = self._seen[self._held if self._caches else 0 : end]
+            caches = self._caches or self._fresh_caches()
             inputs = torch.tensor([tokens] * self._batch, device=self._loaded.entry_device)  # (batch, tokens)
-            output = self._loaded.model(input_ids=inputs, use_cache=True, **self._caches, **self._last_only)
+            output = self._loaded.model(input_ids=inputs, use_cache=True, **caches, **self._last_only)
             row: torch.Tensor = output.logits[:, -1].float()  # (batch, vocab)
             self._caches, self._held = caches_of(output), end
             return row
+
+    def _fresh_caches(self) -> dict[str, Any]:
+        """Return caches to begin with; {} where the model makes its own."""
+        if not self._offloaded:
+            return {}
+        return offloading_caches(self._loaded.model.config, frozenset().union(*self._offloaded.values()))
 
     def _climb_now_and_then(self) -> None:
         back = self._loaded.residency.rest_then_climb()
@@ -215,20 +223,33 @@ class Stepper:
         if self._divides and waiting > _SHORTEST_CHUNK:
             self._chunk = max(_SHORTEST_CHUNK, waiting // _CHUNK_STEP)
             return f"the prompt goes on in chunks of {self._chunk} tokens", ()
-        if device == CPU or not self._loaded.config.enable_progressive_fallback:
+        if device == CPU:
             return "", ()
-        residency = self._loaded.residency
-        moved: tuple[str, ...] = ()
-        stopped = False
         try:
-            moved = residency.step_down(device, residency.shortfall(device), least=2 ** min(self._failures - 2, 16))
+            return self._less_on(device)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            stopped = True
-        if stopped or not moved:
-            return "", ()
-        return f"{_blocks(moved)} moved from {device} to the CPU", moved
+        # Main memory ran out as well.
+        return "", ()
+
+    def _less_on(self, device: str) -> tuple[str, tuple[str, ...]]:
+        """Move blocks away from `device`, then the caches of the last layers, then those layers.
+
+        Raises:
+            RuntimeError: Main memory ran out.
+        """
+        residency = self._loaded.residency
+        least = 2 ** min(self._failures - 2, 16)
+        may_move = self._loaded.config.enable_progressive_fallback
+        moved: tuple[str, ...] = ()
+        if may_move:
+            moved = residency.step_down(device, residency.shortfall(device), least, but_one=True)
+        if not moved and residency.offload_caches(device):
+            return f"keys and values of the layers on {device} moved to main memory", ()
+        if not moved and may_move:
+            moved = residency.step_down(device, residency.shortfall(device), least)
+        return (f"{_blocks(moved)} moved from {device} to the CPU" if moved else ""), moved
 
     def _refusal(self, device: str, reason: str) -> DoesNotFitError:
         return DoesNotFitError(
@@ -260,9 +281,38 @@ class Stepper:
         """Return the bytes of the caches on a device."""
         return held_bytes(self._caches, device)
 
-    def share_to_come(self) -> float:
-        """Return the tokens that the caches may still take in, as a share of the context."""
+    def share_to_come(self, device: str) -> float:
+        """Return the tokens that the caches on a device may still take in, as a share of the context."""
+        if device in self._offloaded:
+            return 0.0
         return max(0, self._most_tokens - self._held) * self._batch / self._loaded.context_length
+
+    def offload_cache(self, device: str, layers: Collection[int]) -> bool:
+        """Keep the caches of `layers`, which compute on `device`, in main memory; the lock is held.
+
+        Returns:
+            Whether that was not so before, and can be done for these caches.
+
+        Raises:
+            RuntimeError: Main memory ran out.
+        """
+        if device in self._offloaded or not layers or not self._divides:
+            return False
+        if self._caches and not offload(self._caches, layers):
+            return False
+        self._offloaded[device] = frozenset(layers)
+        return True
+
+    def onload_cache(self, device: str, layers: Collection[int]) -> None:
+        """Take them back to the device; where that has no room after all, they are made anew. The lock is held."""
+        if self._offloaded.pop(device, None) is None:
+            return
+        try:
+            onload(self._caches, layers)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._drop()
 
 
 def _blocks(names: Sequence[str]) -> str:
