@@ -280,7 +280,8 @@ class ChatSession:
 
 
 def _memory_notes(stats: GenerationStats | None) -> Iterator[str]:
-    """Yield a line on memory that ran out, where something was moved or changed for it."""
+    """Yield a line on memory that ran out, where something was moved or changed for it, and on what is short."""
+    yield from stats.warnings if stats else ()
     told = [recovery for recovery in (stats.recoveries if stats else ()) if recovery.blocks]
     if told:
         moved = sum(len(recovery.blocks) for recovery in told)

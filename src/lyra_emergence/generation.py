@@ -95,6 +95,7 @@ class GenerationStats:
         prefill_seconds: Until the first token was known.
         decode_seconds: From there to the end; the consumer's own time between tokens is not counted.
         recoveries: The times that memory ran out and the answer went on, in order.
+        warnings: That main memory was short when the answer began, a line each.
     """
 
     prompt_tokens: int
@@ -102,6 +103,7 @@ class GenerationStats:
     prefill_seconds: float
     decode_seconds: float
     recoveries: tuple[Recovery, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:
@@ -211,8 +213,8 @@ def _generate(loaded: LoadedModel, prompt: list[int], options: GenerationOptions
             if reason is None and count >= options.max_new_tokens:
                 reason = "length"
             if reason is not None:
-                recoveries = tuple(stepper.recoveries)
-                stats = GenerationStats(len(prompt), count, prefill_seconds, decode_seconds, recoveries)
+                told = (tuple(stepper.recoveries), tuple(stepper.warnings))
+                stats = GenerationStats(len(prompt), count, prefill_seconds, decode_seconds, *told)
                 rest = "" if scanner.found else scanner.finish(decoder.finish())
                 yield Chunk(text + rest, (token,), reason, stats)
                 return

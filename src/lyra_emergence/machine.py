@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.framework import framework_costs, private_bytes
+from lyra_emergence.main_memory import control_group_memory, main_memory
 from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ CUDA_WORKSPACE_BYTES = 70 * 10**6
 """cuBLAS and cuDNN workspaces, still to come once the context exists."""
 _NVIDIA_NODES = ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg", "/dev/nvhost-ctrl")
 """What the driver, that of Windows under WSL, or that of Jetson boards puts up on Linux."""
-_UNLIMITED = 1 << 60
 _APPLE_GPU_SHARE = 0.7
 """Metal's recommended working set is between two thirds and three quarters of the unified memory."""
 
@@ -122,7 +122,7 @@ def available_cpu_bytes() -> int:
 
 
 def _probe_cpu() -> tuple[Device, tuple[str, ...]]:
-    installed, available = _main_memory()
+    installed, available = main_memory()
     limit, free_below_limit = control_group_memory()
     total, free = min(installed, limit), min(available, free_below_limit)
     notes: tuple[str, ...] = ()
@@ -132,77 +132,6 @@ def _probe_cpu() -> tuple[Device, tuple[str, ...]]:
     # What this process has already is no longer among the free bytes.
     reserved = max(0, framework_costs().main_memory - private_bytes())
     return Device("cpu", "cpu", None, total, free, reserved, f"{name}, {os.cpu_count()} cores"), notes
-
-
-def _main_memory(root: Path = Path("/")) -> tuple[int, int]:
-    """Return the bytes of main memory and those available, as the kernel says; psutil asks other systems.
-
-    Linux is asked directly: importing psutil takes a tenth of the time that a plan may take.
-    """
-    held = dict(line.split(":", 1) for line in _lines(root / "proc/meminfo") if ":" in line)
-    try:
-        total, available = (int(held[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    except (KeyError, ValueError, IndexError):
-        import psutil
-
-        memory = psutil.virtual_memory()
-        return int(memory.total), int(memory.available)
-    return total, available
-
-
-def control_group_memory(root: Path = Path("/")) -> tuple[int, int]:
-    """Return (limit, bytes free below it) of the tightest control group around this process.
-
-    Reclaimable page cache that nobody touched lately (`inactive_file`) counts as free, as kubelet counts it. Both
-    numbers are huge where no limit is set.
-    """
-    limit, free = _UNLIMITED, _UNLIMITED
-    for group_limit, used in _control_groups(root):
-        limit = min(limit, group_limit)
-        free = min(free, max(0, group_limit - used))
-    return limit, free
-
-
-def _control_groups(root: Path) -> Iterator[tuple[int, int]]:
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, limit, used, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            base, limit, used = (
-                root / "sys/fs/cgroup/memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-            )
-            cache = "total_inactive_file"
-        else:
-            continue
-        yield from _group_and_parents(base, path, (limit, used, cache))
-
-
-def _group_and_parents(base: Path, path: str, files: tuple[str, str, str]) -> Iterator[tuple[int, int]]:
-    # A limit anywhere on the way up binds. In a container the named path may not exist below the mount: its root does.
-    parts = [part for part in path.split("/") if part and part != ".."]
-    for depth in range(len(parts), -1, -1):
-        folder = base.joinpath(*parts[:depth])
-        limit = _number(folder / files[0])
-        used = _number(folder / files[1])
-        if limit is None or used is None or limit >= _UNLIMITED:
-            continue
-        stat = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat") if " " in line)
-        yield limit, used - min(used, int(stat.get(files[2], "0")))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
-
-
-def _number(path: Path) -> int | None:
-    lines = _lines(path)
-    return int(lines[0]) if lines and lines[0].isdecimal() else None
 
 
 def _has_accelerator_beyond_nvml() -> bool:

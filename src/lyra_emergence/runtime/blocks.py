@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lyra_emergence.errors import CheckpointError
+from lyra_emergence.main_memory import require
 from lyra_emergence.runtime.quantized import quantized_module, replaces
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class _Copies:
 
     def _copy(self, home: torch.Tensor, device: str) -> torch.Tensor:
         data = home.detach()
+        if device == "cpu":
+            require(data.numel() * self._form.dtype.itemsize, "a copy of a weight in another form")
         data = (data.to(self._form.dtype) if self._is_converted(home) else data).to(device)
         return nn.Parameter(data, requires_grad=False) if isinstance(home, nn.Parameter) else data
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lyra_emergence.errors import MissingExtraError
+from lyra_emergence.main_memory import require
 
 if TYPE_CHECKING:
     from lyra_emergence.footprint import Quantization
@@ -49,6 +50,8 @@ def quantized_module(home: Any, form: LoadedForm, device: str) -> nn.Module:
 
     # Conv1D stores (inputs, outputs) where Linear stores (outputs, inputs).
     matrix = home.weight.detach()
+    if device == "cpu":
+        require(matrix.numel() * form.dtype.itemsize, "packing a projection")
     weight = matrix.T.contiguous() if type(home).__name__ == "Conv1D" else matrix
     weight = weight.to(form.dtype)
     rows, columns = weight.shape  # (outputs, inputs)

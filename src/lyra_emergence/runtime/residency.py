@@ -50,6 +50,9 @@ class Follower(Protocol):
     def share_to_come(self, device: str) -> float:
         """Return the tokens that its caches on a device may still take in, as a share of the context."""
 
+    def share_offloaded(self, device: str) -> float:
+        """As `share_to_come`, of caches that main memory keeps for that device."""
+
     def offload_cache(self, device: str, layers: Collection[int]) -> bool:
         """Keep its caches of `layers`, which compute on `device`, in main memory; return whether that changed any."""
 
@@ -101,6 +104,16 @@ class Residency:
         return tuple(dict.fromkeys(block.device for block in self._blocks.values() if block.device != CPU))
 
     @property
+    def uses_main_memory(self) -> bool:
+        """Whether blocks run on the CPU, or caches of others lie in main memory."""
+        return bool(self._running_on(CPU) or self._offloaded)
+
+    @property
+    def layers(self) -> int:
+        """The number of layers, wherever they are."""
+        return max(1, len(self._layers))
+
+    @property
     def away(self) -> tuple[str, ...]:
         """The blocks that left the device they were loaded on, in the order they left."""
         return tuple(moved.name for moved in self._away)
@@ -115,14 +128,40 @@ class Residency:
 
     def _wanted(self, device: str) -> int:
         """Temporaries at their most, and what the caches of all followers may still grow by."""
-        here = [p for name, p in self._placements.items() if self._blocks[name].device == device]
+        here = self._running_on(device)
         kv_cache = sum(p.kv_cache for p in here)
         to_come = int(kv_cache * sum(follower.share_to_come(device) for follower in self._followers))
         return self._activations(here, kv_cache) + to_come
 
-    def _activations(self, here: Sequence[Placement], kv_cache: int) -> int:
+    def _running_on(self, device: str) -> list[Placement]:
+        return [p for name, p in self._placements.items() if self._blocks[name].device == device]
+
+    def wanted_main_memory(self, share: float = 1.0) -> int:
+        """Return the bytes of main memory that running the model may want on top of what it has.
+
+        Args:
+            share: Of what a whole chunk of a prompt takes in temporaries, what those to come do.
+        """
+        kv_cache = sum(p.kv_cache for p in self._running_on(CPU))
+        wanted = int(kv_cache * sum(follower.share_to_come(CPU) for follower in self._followers))
+        for device in self._offloaded:
+            cached = sum(p.kv_cache for p in self._running_on(device))
+            wanted += int(cached * sum(follower.share_offloaded(device) for follower in self._followers))
+        return wanted + self.temporaries_in_main_memory(share)
+
+    def temporaries_in_main_memory(self, share: float = 1.0) -> int:
+        """Return the bytes of temporaries that blocks on the CPU make at their most, or a share of it."""
+        here = self._running_on(CPU)
+        return int(share * self._activations(here, sum(p.kv_cache for p in here), on_cpu=True))
+
+    def cached_per_token(self) -> int:
+        """Return the bytes of main memory that caches grow by with a token of one sequence, full attention assumed."""
+        kept = sum(p.kv_cache for device in (CPU, *self._offloaded) for p in self._running_on(device))
+        return kept // self._plan.context_length
+
+    def _activations(self, here: Sequence[Placement], kv_cache: int, *, on_cpu: bool = False) -> int:
         parts = {kind: True for kind in ("embedding", "layer", "experts", "head") if any(p.kind == kind for p in here)}
-        return self._plan.footprint.activations.of(**parts, kv_cache=kv_cache)
+        return self._plan.footprint.activations.of(**parts, kv_cache=kv_cache, on_cpu=on_cpu)
 
     def step_down(self, device: str, short: int, least: int = 1, *, but_one: bool = False) -> tuple[str, ...]:
         """Move blocks from `device` to the CPU until `short` bytes are freed there, and at least `least` blocks.
@@ -223,7 +262,7 @@ class Residency:
     def _onload_caches(self) -> None:
         """Bring caches back from main memory, where a device has room for them whole."""
         for device in tuple(self._offloaded):
-            here = [p for name, p in self._placements.items() if self._blocks[name].device == device]
+            here = self._running_on(device)
             whole = sum(p.kv_cache for p in here)
             if len(self._followers) * whole + self._activations(here, whole) > free_bytes(device):
                 continue
@@ -245,7 +284,7 @@ class Residency:
     def _has_room(self, moved: _Moved) -> bool:
         placement = self._placements.get(moved.name)
         weights, kv_cache = (placement.weights, placement.kv_cache) if placement else (0, 0)
-        here = [p for name, p in self._placements.items() if self._blocks[name].device == moved.home]
+        here = self._running_on(moved.home)
         held = sum(follower.cached_bytes(moved.home) for follower in self._followers)
         whole = sum(p.kv_cache for p in here) + kv_cache
         busy = self._activations([*here, placement] if placement else here, whole)

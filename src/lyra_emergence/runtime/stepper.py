@@ -17,10 +17,12 @@ import torch
 from lyra_emergence.errors import DoesNotFitError, is_out_of_memory, without_frames
 from lyra_emergence.footprint import PREFILL_CHUNK
 from lyra_emergence.load_report import LoadEvent
+from lyra_emergence.runtime.headroom import Headroom
 from lyra_emergence.runtime.kv_cache import cut_back, held_bytes, move_layer, offload, offloading_caches, onload
 from lyra_emergence.runtime.memory import give_back, keep_freed_memory, return_freed_memory
 from lyra_emergence.runtime.residency import CPU, failing_device
 from lyra_emergence.runtime.stepping import caches_of, feeding_of
+from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -69,10 +71,12 @@ class Stepper:
 
     Attributes:
         recoveries: The times that memory ran out, in order.
+        warnings: What main memory being short may come to, a line each.
     """
 
     def __init__(self, loaded: LoadedModel, batch: int = 1, *, most_tokens: int | None = None) -> None:
         self.recoveries: list[Recovery] = []
+        self.warnings: list[str] = []
         self._loaded = loaded
         self._batch = batch
         self._most_tokens = min(most_tokens or loaded.context_length, loaded.context_length)
@@ -85,6 +89,7 @@ class Stepper:
         self._chunk = feeding.chunk or loaded.context_length
         self._failures = 0
         self._offloaded: dict[str, frozenset[int]] = {}
+        self._headroom = Headroom(loaded.residency, batch, loaded.context_length)
         with loaded.step_lock:
             loaded.residency.add(self)
 
@@ -96,6 +101,8 @@ class Stepper:
                 self._tell_climb(back)
             for device in self._loaded.residency.accelerators:
                 self._make_room_on(device)
+            if self._loaded.residency.uses_main_memory:
+                self._heed_main_memory()
 
     def _make_room_on(self, device: str) -> None:
         residency = self._loaded.residency
@@ -106,6 +113,24 @@ class Stepper:
         if short and self._loaded.config.enable_progressive_fallback:
             moved = residency.step_down(device, short)
             self._loaded.tell(LoadEvent("demote", f"{_blocks(moved)} left {device}, which has too little free"))
+
+    def _heed_main_memory(self) -> None:
+        """Shorten the chunks of the prompt to come where main memory is short; say so, and where it may not do."""
+        chunk = min(self._chunk, self._most_tokens)
+        short, left = self._headroom.short_by(chunk)
+        if not short:
+            return
+        while short and self._divides and chunk > _SHORTEST_CHUNK:
+            chunk = max(_SHORTEST_CHUNK, chunk // _CHUNK_STEP)
+            short, left = self._headroom.short_by(chunk)
+        self._chunk = min(self._chunk, chunk)
+        told = f"main memory has {format_bytes(left)} left"
+        if short:
+            told += f", {format_bytes(short)} less than this answer may want: it may end early"
+        else:
+            told += f": the prompt runs in chunks of {self._chunk} tokens"
+        self.warnings.append(told)
+        self._loaded.tell(LoadEvent("note", told))
 
     def prefill(self, ids: Sequence[int]) -> torch.Tensor:
         """Run the prompt and return the last token's logits, (batch, vocab).
@@ -171,6 +196,7 @@ class Stepper:
             # Without caches (a model that returns none) everything so far runs again.
             end = min(len(self._seen), self._held + self._chunk)
             tokens = self._seen[self._held if self._caches else 0 : end]
+            self._headroom.look(len(tokens), end - len(tokens))
             caches = self._caches or self._fresh_caches()
             inputs = torch.tensor([tokens] * self._batch, device=self._loaded.entry_device)  # (batch, tokens)
             output = self._loaded.model(input_ids=inputs, use_cache=True, **caches, **self._last_only)
@@ -285,6 +311,13 @@ class Stepper:
         """Return the tokens that the caches on a device may still take in, as a share of the context."""
         if device in self._offloaded:
             return 0.0
+        return self._to_come()
+
+    def share_offloaded(self, device: str) -> float:
+        """As `share_to_come`, of caches that main memory keeps for that device."""
+        return self._to_come() if device in self._offloaded else 0.0
+
+    def _to_come(self) -> float:
         return max(0, self._most_tokens - self._held) * self._batch / self._loaded.context_length
 
     def offload_cache(self, device: str, layers: Collection[int]) -> bool:
