@@ -117,6 +117,10 @@ def load(
     map_seconds = time.perf_counter() - started
     tell(LoadEvent("map", f"{plan.model} is open, {len(index.tensors)} tensors mapped"))
     blocks, residency, attempts = _promote(model, plan, tell)
+    if config.cpu_kernels:
+        from lyra_emergence.runtime.cpu import speed_up
+
+        speed_up(model, blocks)
     device_map = {block.name: hf_device(block.device) for block in blocks if block.name}
     report = LoadReport(
         attempts=attempts,

@@ -51,8 +51,15 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home directory, with the folders that programs look for below it."""
+    """An empty home directory, with the folders that programs look for below it.
+
+    Compiled kernels are shared: to compile them for every program that a test starts would take seconds each.
+    """
     directory = tmp_path_factory.mktemp("home")
+    kernels = tmp_path_factory.getbasetemp() / "kernels"
+    kernels.mkdir(exist_ok=True)
+    (directory / ".cache" / "lyra-emergence").mkdir(parents=True)
+    (directory / ".cache" / "lyra-emergence" / "kernels").symlink_to(kernels)
     for name in [*_FOREIGN_VARIABLES, *(name for name in os.environ if name.startswith("LYRA_"))]:
         monkeypatch.delenv(name, raising=False)
     for name, folder in {

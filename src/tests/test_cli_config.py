@@ -110,6 +110,7 @@ allow_quantization           default       false
 pipeline_kwargs.stop         file          ["\\n"]
 dtype                        default       null
 context_length               default       null
+cpu_kernels                  default       true
 trust_remote_code            default       false
 """,
         "",

@@ -43,6 +43,7 @@ FIELDS = (
     "pipeline_kwargs",
     "dtype",
     "context_length",
+    "cpu_kernels",
     "trust_remote_code",
 )
 
@@ -87,6 +88,7 @@ def test_the_keys_and_their_defaults() -> None:
         "pipeline_kwargs": None,
         "dtype": None,
         "context_length": None,
+        "cpu_kernels": True,
         "trust_remote_code": False,
     }
 

@@ -169,6 +169,7 @@ CHECKS: dict[str, Callable[[object, str, Problems], Any]] = {
     "pipeline_kwargs": check_pipeline_kwargs,
     "dtype": _check_dtype,
     "context_length": _whole(1, 2048),
+    "cpu_kernels": _check_boolean,
     "trust_remote_code": _check_boolean,
 }
 """The check of every key, in the order in which a file is written."""

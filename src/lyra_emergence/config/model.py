@@ -129,6 +129,10 @@ class ModelConfig(BaseModel):
         ge=1,
         description="Tokens of context to make room for; null: the model's own, or fewer where they do not fit.",
     )
+    cpu_kernels: bool = Field(
+        default=True,
+        description="Compile and use Lyra's own kernels for single tokens on the CPU; false: torch's operators alone.",
+    )
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with the checkpoint. Only for sources that you trust."
     )

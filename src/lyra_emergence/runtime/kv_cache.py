@@ -13,7 +13,17 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
-__all__ = ["OffloadedLayer", "cut_back", "held_bytes", "move_layer", "offload", "offloading_caches", "onload"]
+__all__ = [
+    "OffloadedLayer",
+    "RoomyLayer",
+    "cut_back",
+    "give_room",
+    "held_bytes",
+    "move_layer",
+    "offload",
+    "offloading_caches",
+    "onload",
+]
 
 _CPU = torch.device("cpu")
 
@@ -35,7 +45,58 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]  # transformers' types
         return keys.to(there), values.to(there)
 
 
-_KNOWN = (DynamicLayer, DynamicSlidingWindowLayer, OffloadedLayer)
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' types are not followed
+    """The keys and values of a layer, with room for the tokens to come: a step adds to them and copies nothing.
+
+    Pages that hold no token yet take no memory. `keys` and `values` are views of what is filled,
+    (batch, heads, tokens, head size).
+
+    Args:
+        capacity: Tokens that there is room for; more take a larger room, made anew.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.room: tuple[torch.Tensor, torch.Tensor] | None = None
+        super().__init__()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in keys and values, (batch, heads, tokens, head size) each; return all so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held = self.get_seq_length()
+        keys, values = self.make_room(held + key_states.shape[-2], key_states, value_states)
+        keys[..., held : held + key_states.shape[-2], :] = key_states
+        values[..., held : held + key_states.shape[-2], :] = value_states
+        self.show(held + key_states.shape[-2])
+        return self.keys, self.values
+
+    def make_room(self, tokens: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tensors like `keys` and `values` with room for `tokens` tokens, which hold what is held."""
+        held = self.get_seq_length()
+        if self.room is None or self.room[0].shape[-2] < tokens or not self._shows_room():
+            capacity = max(self.capacity, tokens)
+            made = tuple(like.new_empty((*like.shape[:-2], capacity, like.shape[-1])) for like in (keys, values))
+            for new, old in zip(made, (self.keys, self.values), strict=True):
+                if held:
+                    new[..., :held, :] = old
+            self.room = (made[0], made[1])
+        return self.room
+
+    def _shows_room(self) -> bool:
+        """Return whether what is held lies in the room: who cut it or moved it may have put other tensors there."""
+        assert self.room is not None
+        return not self.get_seq_length() or self.keys.data_ptr() == self.room[0].data_ptr()
+
+    def show(self, tokens: int) -> None:
+        """Let the first `tokens` tokens of the room be what is held."""
+        assert self.room is not None
+        self.keys, self.values = (tensor[..., :tokens, :] for tensor in self.room)
+
+
+_KNOWN = (DynamicLayer, DynamicSlidingWindowLayer, OffloadedLayer, RoomyLayer)
 """The classes that are known through and through: a class derived from them may keep more than they do."""
 
 
@@ -87,6 +148,8 @@ def _part_moved(cache: Any, index: int, device: str) -> bool:
     if isinstance(layer, OffloadedLayer):
         layer.device = torch.device(device)
         return True
+    if isinstance(layer, RoomyLayer):
+        layer.room = None
     held = {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
     moved = {name: tensor.to(device) for name, tensor in held.items()}
     for name, tensor in moved.items():
@@ -110,7 +173,7 @@ def offload(caches: Mapping[str, Any], indices: Collection[int]) -> bool:
     moved = False
     for cache, index in _chosen(caches, indices):
         layer = cache.layers[index]
-        if type(layer) is DynamicLayer:
+        if type(layer) in (DynamicLayer, RoomyLayer):
             cache.layers[index] = _in_main_memory(layer)
             moved = True
     return moved
@@ -159,6 +222,23 @@ def offloading_caches(config: Any, indices: Collection[int]) -> dict[str, Any]:
     caches = {"past_key_values": DynamicCache(config=config)}
     offload(caches, indices)
     return caches
+
+
+def give_room(caches: Mapping[str, Any], indices: Collection[int], capacity: int) -> None:
+    """Make room for `capacity` tokens in the caches of the layers numbered `indices`, unless their window slides.
+
+    Raises:
+        RuntimeError: Memory ran out; the layers that have room keep it, and the others are as they were.
+    """
+    for cache, index in _chosen(caches, indices):
+        layer = cache.layers[index]
+        if type(layer) is DynamicLayer and layer.is_initialized and layer.get_seq_length():
+            roomy = RoomyLayer(capacity)
+            roomy.lazy_initialization(layer.keys, layer.values)
+            roomy.keys, roomy.values = layer.keys, layer.values
+            roomy.make_room(layer.get_seq_length(), layer.keys, layer.values)
+            roomy.show(layer.get_seq_length())
+            cache.layers[index] = roomy
 
 
 def held_bytes(caches: Mapping[str, Any], device: str) -> int:

@@ -203,13 +203,14 @@ class Residency:
         Returns:
             Whether that moved any.
         """
-        layers = self._layers_on(device)
+        layers = self.layers_on(device)
         moved = [follower.offload_cache(device, layers) for follower in self._followers]
         self._offloaded |= {device} if any(moved) else set()
         self._fell_short()
         return any(moved)
 
-    def _layers_on(self, device: str) -> frozenset[int]:
+    def layers_on(self, device: str) -> frozenset[int]:
+        """Return the numbers of the layers on a device."""
         return frozenset(at for name, at in self._layers.items() if self._blocks[name].device == device)
 
     def _fell_short(self) -> None:
@@ -269,7 +270,7 @@ class Residency:
             self._offloaded.discard(device)
             self._climbed = True
             for follower in self._followers:
-                follower.onload_cache(device, self._layers_on(device))
+                follower.onload_cache(device, self.layers_on(device))
 
     def rest_then_climb(self) -> tuple[str, ...]:
         """Count a step, and climb where enough of them went by since the last try or the last time memory ran out."""

@@ -18,7 +18,15 @@ from lyra_emergence.errors import DoesNotFitError, is_out_of_memory, without_fra
 from lyra_emergence.footprint import PREFILL_CHUNK
 from lyra_emergence.load_report import LoadEvent
 from lyra_emergence.runtime.headroom import Headroom
-from lyra_emergence.runtime.kv_cache import cut_back, held_bytes, move_layer, offload, offloading_caches, onload
+from lyra_emergence.runtime.kv_cache import (
+    cut_back,
+    give_room,
+    held_bytes,
+    move_layer,
+    offload,
+    offloading_caches,
+    onload,
+)
 from lyra_emergence.runtime.memory import give_back, keep_freed_memory, return_freed_memory
 from lyra_emergence.runtime.residency import CPU, failing_device
 from lyra_emergence.runtime.stepping import caches_of, feeding_of
@@ -201,6 +209,8 @@ class Stepper:
             inputs = torch.tensor([tokens] * self._batch, device=self._loaded.entry_device)  # (batch, tokens)
             output = self._loaded.model(input_ids=inputs, use_cache=True, **caches, **self._last_only)
             row: torch.Tensor = output.logits[:, -1].float()  # (batch, vocab)
+            if not self._held:
+                give_room(caches_of(output), self._loaded.residency.layers_on(CPU), self._most_tokens)
             self._caches, self._held = caches_of(output), end
             return row
 

@@ -1,0 +1,47 @@
+"""How blocks run on the CPU: compiled kernels for steps of few tokens where they are the faster ones, torch's else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lyra_emergence.runtime.cpu.choice import Choice
+from lyra_emergence.runtime.cpu.decoder import agrees, fuse, is_known
+from lyra_emergence.runtime.cpu.library import find_library
+from lyra_emergence.runtime.cpu.linear import KINDS, quicken
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lyra_emergence.runtime.blocks import PlacedBlock
+
+__all__ = ["speed_up"]
+
+_LEAST_MEASURED = 2**20
+"""Bytes of a weight that are worth a measurement: smaller ones stay in the CPU's caches."""
+
+
+def speed_up(model: Any, blocks: Sequence[PlacedBlock]) -> None:
+    """Let what runs on the CPU use the compiled kernels, where they can be had and where they are faster.
+
+    Weights stay where they are. Blocks that are on an accelerator are left alone.
+    """
+    here = [block.module for block in blocks if block.device == "cpu" and block.module is not None]
+    linears = {module: None for block in here for module in block.modules() if type(module) is nn.Linear}
+    taken = [linear for linear in linears if linear.weight.dtype in KINDS]
+    if not taken or (library := find_library()) is None:
+        return
+    choice = Choice(library)
+    choice.measure(linear.weight for linear in taken if linear.weight.nbytes >= _LEAST_MEASURED)
+    for linear in taken:
+        quicken(linear, library, choice.prefers_kernels)
+    layers = [block for block in here if is_known(block) and _is_all_faster(block, choice)]
+    if layers and agrees(model, layers[0], library):
+        for layer in layers:
+            fuse(layer, library)
+
+
+def _is_all_faster(module: nn.Module, choice: Choice) -> bool:
+    weights = [part.weight for part in module.modules() if type(part) is nn.Linear]
+    return all(choice.prefers_kernels(weight, 1) for weight in weights if weight.dtype in KINDS)

@@ -1,0 +1,120 @@
+"""Which kernel multiplies a weight with few tokens: measured once for a shape, and kept per machine and torch version.
+
+Measured on weights made for it, enough of them that they do not stay in the CPU's caches: a step of one token meets
+each weight once, and in main memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from lyra_emergence.cache_files import cache_path, replace_whole
+from lyra_emergence.machine import probe_machine
+from lyra_emergence.runtime.cpu.linear import KINDS, matrix_of
+from lyra_emergence.speed.cache import fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from lyra_emergence.runtime.cpu.library import Library
+
+__all__ = ["Choice"]
+
+JSON_FORMAT = "lyra.kernels/1"
+_FILE = "kernels.json"
+_TOKENS = (1, 2, 4, 8)
+"""Numbers of tokens that are measured; one in between goes by the next larger one."""
+_BEYOND_CACHES = 48 * 2**20
+_MOST_WEIGHTS = 64
+_ROUNDS = 3
+_KEPT = 20
+
+_lock = threading.Lock()
+
+
+class Choice:
+    """What was measured on this machine.
+
+    Args:
+        library: The compiled kernels, measured beside torch's.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._machine = f"{fingerprint(probe_machine(with_torch=True))}; {torch.get_num_threads()} threads"
+        self._faster: dict[str, bool] = self._read().get(self._machine, {})
+
+    def prefers_kernels(self, weight: torch.Tensor, tokens: int) -> bool:
+        """Return whether the compiled kernels are the faster ones for a weight, (outputs, inputs).
+
+        What was not measured is theirs: they read each weight once, in order.
+        """
+        return self._faster.get(_name(weight, _as_measured(tokens)), True)
+
+    def measure(self, weights: Iterable[torch.Tensor]) -> None:
+        """Measure the shapes among `weights` that were not yet, and keep what was found."""
+        with _lock:
+            new = {_name(weight, tokens): (weight, tokens) for weight in weights for tokens in _TOKENS}
+            missing = {name: case for name, case in new.items() if name not in self._faster}
+            for name, (weight, tokens) in missing.items():
+                self._faster[name] = self._is_faster(weight, tokens)
+            if missing:
+                self._keep()
+
+    @torch.inference_mode()
+    def _is_faster(self, weight: torch.Tensor, tokens: int) -> bool:
+        count = max(1, min(_MOST_WEIGHTS, _BEYOND_CACHES // weight.nbytes))
+        made = [torch.full(weight.shape, 0.01, dtype=weight.dtype) for _ in range(count)]
+        matrices = [matrix_of(one, None) for one in made]
+        x = torch.full((tokens, weight.shape[1]), 0.01, dtype=weight.dtype)
+        y = torch.empty((tokens, weight.shape[0]), dtype=weight.dtype)
+        kind, threads = KINDS[x.dtype], torch.get_num_threads()
+
+        def by_torch() -> None:
+            for one in made:
+                functional.linear(x, one)
+
+        def by_kernels() -> None:
+            for matrix in matrices:
+                assert matrix is not None  # made contiguous, of a dtype that the kernels take
+                self._library.linear(x.data_ptr(), y.data_ptr(), kind, tokens, ctypes.byref(matrix), threads)
+
+        return _fastest(by_kernels) <= _fastest(by_torch)
+
+    def _keep(self) -> None:
+        others = {name: found for name, found in self._read().items() if name != self._machine}
+        machines = {**dict(list(others.items())[-(_KEPT - 1) :]), self._machine: self._faster}
+        replace_whole(cache_path(_FILE), json.dumps({"format": JSON_FORMAT, "machines": machines}, indent=1))
+
+    def _read(self) -> dict[str, dict[str, bool]]:
+        with suppress(OSError, ValueError, RecursionError, AttributeError):
+            held = json.loads(cache_path(_FILE).read_text(encoding="utf-8"))
+            if held.get("format") == JSON_FORMAT and isinstance(held.get("machines"), dict):
+                return {name: found for name, found in held["machines"].items() if isinstance(found, dict)}
+        return {}
+
+
+def _fastest(work: Callable[[], None]) -> float:
+    """Return the seconds of the fastest of some rounds: others on the machine only ever add to them."""
+    times = []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _as_measured(tokens: int) -> int:
+    return next((measured for measured in _TOKENS if measured >= tokens), _TOKENS[-1])
+
+
+def _name(weight: torch.Tensor, tokens: int) -> str:
+    return f"{str(weight.dtype).removeprefix('torch.')} {weight.shape[0]}x{weight.shape[1]}, {tokens} tokens"

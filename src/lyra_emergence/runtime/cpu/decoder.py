@@ -1,0 +1,245 @@
+"""Decoder layers of Llama's kind on the CPU: one token through a whole layer in one call of the compiled kernels.
+
+What it saves is not arithmetic but everything around it: some twenty operators a layer, each with its own checks, and
+the threads that wait for each other at each. The rounding between operators is that of transformers' own layer. What
+the kernels do not cover (several tokens, a mask, a sliding window, another device) goes through that layer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from lyra_emergence.runtime.cpu.library import Layer, Library, Matrix
+from lyra_emergence.runtime.cpu.linear import KINDS, matrix_of
+from lyra_emergence.runtime.kv_cache import RoomyLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["agrees", "fuse", "is_known"]
+
+_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+"""Classes of transformers whose layers compute what `lyra_layer` computes; `agrees` checks each model all the same."""
+_ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1}
+_TRIED = 5
+"""Tokens that are cached before the one that is tried."""
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Of the change that a layer makes: some roundings of the dtype."""
+_PROJECTIONS = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_NORMS = {
+    "norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "query_norm": "self_attn.q_norm",
+    "key_norm": "self_attn.k_norm",
+}
+
+
+def is_known(layer: nn.Module) -> bool:
+    """Return whether `layer` is of a kind that the kernels know."""
+    return _shape_of(layer) is not None
+
+
+def fuse(layer: nn.Module, library: Library) -> bool:
+    """Let `layer` run single tokens through the kernels wherever its weights are on the CPU.
+
+    Returns:
+        Whether the layer is of a kind that they know.
+    """
+    shape = _shape_of(layer)
+    if shape is None:
+        return False
+    layer.forward = _Forward(layer, library, shape)
+    return True
+
+
+def _slides(attention: Any) -> bool:
+    """Return whether attention sees a window of the latest tokens alone."""
+    kinds = getattr(attention.config, "layer_types", None)
+    if kinds:
+        return bool(kinds[attention.layer_idx] != "full_attention")
+    return bool(getattr(attention.config, "sliding_window", None))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What a layer's modules say of it."""
+
+    heads: int
+    key_heads: int
+    head_size: int
+    scaling: float
+    epsilon: float
+    activation: int
+    index: int
+
+
+def _shape_of(layer: nn.Module) -> _Shape | None:
+    attention: Any = getattr(layer, "self_attn", None)
+    if type(layer).__name__ not in _LAYERS or attention is None or _slides(attention):
+        return None
+    activation = _ACTIVATIONS.get(type(getattr(layer.mlp, "act_fn", None)).__name__)
+    head_size = getattr(attention, "head_dim", 0)
+    epsilon: Any = getattr(layer.input_layernorm, "variance_epsilon", None)
+    if activation is None or not head_size or head_size % 2 or epsilon is None:
+        return None
+    return _Shape(
+        heads=attention.q_proj.weight.shape[0] // head_size,
+        key_heads=attention.k_proj.weight.shape[0] // head_size,
+        head_size=head_size,
+        scaling=float(attention.scaling),
+        epsilon=float(epsilon),
+        activation=activation,
+        index=int(attention.layer_idx),
+    )
+
+
+class _Forward:
+    """The forward pass of one layer."""
+
+    def __init__(self, layer: nn.Module, library: Library, shape: _Shape) -> None:
+        self._whole: Any = layer.forward
+        self._library = library
+        self._shape = shape
+        self._places = tuple(_parameter_places(layer))
+        self._held: list[Any] = []
+        self._struct: Layer | None = None
+        self._kind = -1
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        angles = kwargs.get("position_embeddings")
+        if hidden_states.shape[:-1] == (1, 1) and not args and angles is not None and cache is not None:
+            kept = cache.layers[self._shape.index] if self._shape.index < len(cache.layers) else None
+            if isinstance(kept, RoomyLayer) and self._takes(hidden_states, kept, kwargs):
+                return self._run(hidden_states, kept, *angles)
+        return self._whole(hidden_states, *args, **kwargs)
+
+    def _takes(self, hidden_states: torch.Tensor, kept: RoomyLayer, kwargs: dict[str, Any]) -> bool:
+        if kwargs.get("attention_mask") is not None or not kept.get_seq_length() or torch.is_grad_enabled():
+            return False
+        if kwargs.get("output_attentions") or hidden_states.device.type != "cpu":
+            return False
+        struct = self._described()
+        return (
+            struct is not None
+            and KINDS.get(hidden_states.dtype) == self._kind
+            and kept.keys.dtype == hidden_states.dtype
+        )
+
+    def _described(self) -> Layer | None:
+        """Return the layer's weights as the kernels see them; described anew where they have moved."""
+        now = [parameters.get(leaf) for parameters, leaf in self._places]
+        if len(now) != len(self._held) or any(new is not old for new, old in zip(now, self._held, strict=True)):
+            self._held = now
+            self._struct = self._describe(now)
+        return self._struct
+
+    def _describe(self, tensors: list[Any]) -> Layer | None:
+        shape = self._shape
+        weights, norms = tensors[: 2 * len(_PROJECTIONS)], tensors[2 * len(_PROJECTIONS) :]
+        matrices = [matrix_of(weight, bias) for weight, bias in zip(weights[::2], weights[1::2], strict=True)]
+        plain = {tensor.dtype for tensor in tensors if tensor is not None}
+        if (
+            any(matrix is None for matrix in matrices)
+            or len(plain) != 1
+            or any(n is not None and not n.is_cpu for n in norms)
+        ):
+            return None
+        self._kind = KINDS[plain.pop()]
+        named: dict[str, Matrix] = dict(zip(_PROJECTIONS, matrices, strict=True))  # type: ignore[arg-type]
+        addresses = {name: None if norm is None else norm.data_ptr() for name, norm in zip(_NORMS, norms, strict=True)}
+        return Layer(
+            kind=self._kind,
+            activation=shape.activation,
+            hidden=named["query"].columns,
+            heads=shape.heads,
+            key_heads=shape.key_heads,
+            head_size=shape.head_size,
+            epsilon=shape.epsilon,
+            scaling=shape.scaling,
+            **addresses,
+            **named,
+        )
+
+    def _run(
+        self, hidden_states: torch.Tensor, kept: RoomyLayer, cosine: torch.Tensor, sine: torch.Tensor
+    ) -> torch.Tensor:
+        held = kept.get_seq_length()
+        keys, values = kept.make_room(held + 1, kept.keys, kept.values)
+        out = hidden_states.clone(memory_format=torch.contiguous_format)
+        cosine, sine = cosine.contiguous(), sine.contiguous()
+        self._library.layer(
+            ctypes.byref(self._struct),  # type: ignore[arg-type]
+            out.data_ptr(),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            KINDS[cosine.dtype],
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.shape[-2],
+            held,
+            torch.get_num_threads(),
+        )
+        kept.show(held + 1)
+        return out
+
+
+def _parameter_places(layer: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield where each tensor of a layer is held: weights and biases of projections, then norms."""
+    for path in _PROJECTIONS.values():
+        module = layer.get_submodule(path)
+        yield module._parameters, "weight"  # noqa: SLF001 - attributes of modules are slow to read
+        yield module._parameters, "bias"  # noqa: SLF001
+    for path in _NORMS.values():
+        module = layer.get_submodule(path) if _has(layer, path) else nn.Module()
+        yield module._parameters, "weight"  # noqa: SLF001
+
+
+def _has(layer: nn.Module, path: str) -> bool:
+    parent, _, leaf = path.rpartition(".")
+    return isinstance(getattr(layer.get_submodule(parent) if parent else layer, leaf, None), nn.Module)
+
+
+@torch.inference_mode()
+def agrees(model: Any, layer: nn.Module, library: Library) -> bool:
+    """Return whether the kernels compute for `layer` what its own forward pass does, tried on made-up hidden states.
+
+    A class may be known and its configuration ask for something else.
+    """
+    shape = _shape_of(layer)
+    rotary: Any = getattr(getattr(model, "model", None), "rotary_emb", None)
+    if shape is None or rotary is None:
+        return False
+    weight: torch.Tensor = layer.self_attn.q_proj.weight  # type: ignore[union-attr,assignment]
+    made = torch.Generator().manual_seed(0)
+    states = torch.randn((1, _TRIED + 1, weight.shape[1]), generator=made).to(weight.dtype)
+    positions = torch.arange(_TRIED + 1)[None]
+    cosine, sine = rotary(states, positions)
+    found = []
+    for forward in (layer.forward, _Forward(layer, library, shape)):
+        cache = DynamicCache(config=model.config)
+        cache.layers[shape.index] = RoomyLayer(_TRIED + 1)
+        for part in (slice(0, _TRIED), slice(_TRIED, _TRIED + 1)):
+            angles = (cosine[:, part], sine[:, part])
+            output = forward(
+                states[:, part], position_ids=positions[:, part], past_key_values=cache, position_embeddings=angles
+            )
+        found.append((output[0] if isinstance(output, tuple) else output).float())
+    own, fused = found
+    # The change that the layer makes, not what it passes on, is to be the same.
+    change = (own - states[:, _TRIED:].float()).norm()
+    return bool((own - fused).norm() <= _TOLERANCE[weight.dtype] * change)
