@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.errors import DoesNotFitError, GenerationError
@@ -156,13 +157,14 @@ class ChatSession:
         passages: int = DEFAULT_PASSAGES,
         stream: Stream | None = None,
     ) -> None:
-        from lyra_emergence.generation import GenerationOptions, stream_generate
+        from lyra_emergence.generation import GenerationOptions, PromptCache, stream_generate
 
         self._loaded = loaded
         self._journal = journal
         self._options = options or GenerationOptions()
         self._passages = passages
-        self._stream: Stream = stream or stream_generate
+        self._kept = PromptCache()
+        self._stream: Stream = stream or partial(stream_generate, kept=self._kept)
         self._writer = PromptWriter(loaded.tokenizer, system)
         self._turns: list[Turn] = []
         self._open: Generator[ChatChunk, None, None] | None = None
@@ -201,6 +203,7 @@ class ChatSession:
         """Forget the conversation."""
         self._close()
         self._turns.clear()
+        self._kept.drop()
 
     def _close(self) -> None:
         if self._open is not None:

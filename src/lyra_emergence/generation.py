@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 
 from lyra_emergence.errors import GenerationError
+from lyra_emergence.runtime.prompt_cache import PromptCache
 from lyra_emergence.runtime.stepper import Recovery, Stepper
 from lyra_emergence.text_stream import LoopDetector, StopScanner, TextDecoder
 
@@ -30,6 +31,7 @@ __all__ = [
     "FinishReason",
     "GenerationOptions",
     "GenerationStats",
+    "PromptCache",
     "Recovery",
     "Stepper",
     "encode_prompt",
@@ -96,6 +98,7 @@ class GenerationStats:
         decode_seconds: From there to the end; the consumer's own time between tokens is not counted.
         recoveries: The times that memory ran out and the answer went on, in order.
         warnings: That main memory was short when the answer began, a line each.
+        reused_tokens: Tokens of the prompt that did not run again, since the answer before had left them.
     """
 
     prompt_tokens: int
@@ -104,6 +107,7 @@ class GenerationStats:
     decode_seconds: float
     recoveries: tuple[Recovery, ...] = ()
     warnings: tuple[str, ...] = ()
+    reused_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -158,7 +162,11 @@ def _tokenize(tokenizer: Any, text: str) -> list[int]:
 
 
 def stream_generate(
-    loaded: LoadedModel, prompt: str | Sequence[int], options: GenerationOptions | None = None
+    loaded: LoadedModel,
+    prompt: str | Sequence[int],
+    options: GenerationOptions | None = None,
+    *,
+    kept: PromptCache | None = None,
 ) -> Iterator[Chunk]:
     """Generate an answer to `prompt`, a chunk per token.
 
@@ -166,6 +174,8 @@ def stream_generate(
         loaded: A loaded model.
         prompt: Text, or token ids (batch of one).
         options: How to choose tokens; by default what `GenerationOptions.for_model` returns.
+        kept: A conversation's own, for all its prompts: what a prompt begins with as the one before did, or its
+            answer, does not run again.
 
     Raises:
         GenerationError: The prompt is empty or too long, or an option is out of its range.
@@ -176,7 +186,7 @@ def stream_generate(
     _check(options)
     ids = encode_prompt(loaded, prompt)
     room = loaded.context_length - len(ids)
-    return _generate(loaded, ids, replace(options, max_new_tokens=min(options.max_new_tokens, room)))
+    return _generate(loaded, ids, replace(options, max_new_tokens=min(options.max_new_tokens, room)), kept)
 
 
 def _check(options: GenerationOptions) -> None:
@@ -194,13 +204,15 @@ def _check(options: GenerationOptions) -> None:
         raise GenerationError(f"'{name}': {value!r} is out of range", hint="see GenerationOptions for the ranges")
 
 
-def _generate(loaded: LoadedModel, prompt: list[int], options: GenerationOptions) -> Iterator[Chunk]:
+def _generate(
+    loaded: LoadedModel, prompt: list[int], options: GenerationOptions, kept: PromptCache | None
+) -> Iterator[Chunk]:
     ends = _end_tokens(loaded)
     decoder = TextDecoder(loaded.tokenizer, prompt)
     scanner = StopScanner(options.stop)
     loops = LoopDetector(options.max_repeats)
     chooser = _Chooser(prompt, options)
-    with closing(Stepper(loaded, most_tokens=len(prompt) + options.max_new_tokens)) as stepper:
+    with closing(Stepper(loaded, most_tokens=len(prompt) + options.max_new_tokens, kept=kept)) as stepper:
         clock = time.perf_counter()
         stepper.make_room()
         token = _choose(chooser, stepper, stepper.prefill(prompt))
@@ -213,7 +225,7 @@ def _generate(loaded: LoadedModel, prompt: list[int], options: GenerationOptions
             if reason is None and count >= options.max_new_tokens:
                 reason = "length"
             if reason is not None:
-                told = (tuple(stepper.recoveries), tuple(stepper.warnings))
+                told = (tuple(stepper.recoveries), tuple(stepper.warnings), stepper.reused)
                 stats = GenerationStats(len(prompt), count, prefill_seconds, decode_seconds, *told)
                 rest = "" if scanner.found else scanner.finish(decoder.finish())
                 yield Chunk(text + rest, (token,), reason, stats)

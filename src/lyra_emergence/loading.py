@@ -120,7 +120,7 @@ def load(
     if config.cpu_kernels:
         from lyra_emergence.runtime.cpu import speed_up
 
-        speed_up(model, blocks)
+        speed_up(model, blocks, tell)
     device_map = {block.name: hf_device(block.device) for block in blocks if block.name}
     report = LoadReport(
         attempts=attempts,

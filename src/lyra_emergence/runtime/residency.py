@@ -19,6 +19,7 @@ from lyra_emergence.errors import is_out_of_memory
 from lyra_emergence.plan import hf_device
 from lyra_emergence.runtime.blocks import REST
 from lyra_emergence.runtime.memory import free_bytes, give_back
+from lyra_emergence.runtime.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -122,6 +123,12 @@ class Residency:
         """Move the caches of `follower` along from now on, for as long as it lives."""
         self._followers.add(follower)
 
+    def give_up_kept(self, but: PromptCache | None) -> None:
+        """Let every conversation but one give up what it kept of its last answer: the plan has room for one context."""
+        for follower in tuple(self._followers):
+            if isinstance(follower, PromptCache) and follower is not but:
+                follower.drop()
+
     def shortfall(self, device: str) -> int:
         """Return the bytes that running what is on `device` may want beyond what is free there; 0 where it fits."""
         return max(0, self._wanted(device) - free_bytes(device))
@@ -131,7 +138,9 @@ class Residency:
         here = self._running_on(device)
         kv_cache = sum(p.kv_cache for p in here)
         to_come = int(kv_cache * sum(follower.share_to_come(device) for follower in self._followers))
-        return self._activations(here, kv_cache) + to_come
+        # What a conversation kept is taken over by its next answer, or given up for another.
+        kept = sum(follower.cached_bytes(device) for follower in self._followers if isinstance(follower, PromptCache))
+        return self._activations(here, kv_cache) + max(0, to_come - kept)
 
     def _running_on(self, device: str) -> list[Placement]:
         return [p for name, p in self._placements.items() if self._blocks[name].device == device]

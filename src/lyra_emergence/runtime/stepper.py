@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from lyra_emergence.loading import LoadedModel
+    from lyra_emergence.runtime.prompt_cache import PromptCache
 
 __all__ = ["Recovery", "Stepper"]
 
@@ -76,13 +77,23 @@ class Stepper:
         loaded: The model.
         batch: Sequences that run together, all of the same tokens.
         most_tokens: Tokens of prompt and answer that are to come at most; the context by default.
+        kept: What an earlier answer of the same conversation left, and where this one leaves what it has.
 
     Attributes:
+        reused: Tokens of the prompt that `kept` held.
         recoveries: The times that memory ran out, in order.
         warnings: What main memory being short may come to, a line each.
     """
 
-    def __init__(self, loaded: LoadedModel, batch: int = 1, *, most_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        batch: int = 1,
+        *,
+        most_tokens: int | None = None,
+        kept: PromptCache | None = None,
+    ) -> None:
+        self.reused = 0
         self.recoveries: list[Recovery] = []
         self.warnings: list[str] = []
         self._loaded = loaded
@@ -98,8 +109,12 @@ class Stepper:
         self._failures = 0
         self._offloaded: dict[str, frozenset[int]] = {}
         self._headroom = Headroom(loaded.residency, batch, loaded.context_length)
+        self._kept = kept
         with loaded.step_lock:
+            loaded.residency.give_up_kept(kept)
             loaded.residency.add(self)
+            if kept is not None:
+                loaded.residency.add(kept)
 
     def make_room(self) -> None:
         """Bring blocks back where memory is free again, or send blocks away where the tokens to come want more."""
@@ -146,6 +161,10 @@ class Stepper:
         Raises:
             DoesNotFitError: Memory ran out and nothing is left to be done about it.
         """
+        if self._kept is not None and not self._seen:
+            with self._loaded.step_lock:
+                self._caches, self._held = self._kept.take(ids)
+                self.reused = self._held
         return self._advance(ids)
 
     def step(self, token: int) -> torch.Tensor:
@@ -157,8 +176,11 @@ class Stepper:
         return self._advance([token])
 
     def close(self) -> None:
-        """Drop the caches and return their memory."""
+        """Drop the caches and return their memory, or leave them to the next answer of the conversation."""
         with self._loaded.step_lock:
+            # A step that was broken off left more in some layers than in others.
+            if self._kept is not None and self._caches and not self._offloaded and cut_back(self._caches, self._held):
+                self._kept.keep(self._seen[: self._held], self._caches)
             self._drop()
         return_freed_memory()
 
@@ -245,6 +267,7 @@ class Stepper:
             return_freed_memory()
             remedy, moved = self._next_remedy(device)
         if not remedy:
+            self._kept = None
             self.close()
             raise self._refusal(device, reason) from failure
         recovery = Recovery(device, len(self._seen), remedy, moved, reason)

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lyra_emergence.load_report import LoadEvent
 from lyra_emergence.runtime.cpu.choice import Choice
 from lyra_emergence.runtime.cpu.decoder import agrees, fuse, is_known
-from lyra_emergence.runtime.cpu.library import find_library
+from lyra_emergence.runtime.cpu.library import find_library, is_compiled
 from lyra_emergence.runtime.cpu.linear import KINDS, quicken
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from lyra_emergence.runtime.blocks import PlacedBlock
 
@@ -22,7 +23,7 @@ _LEAST_MEASURED = 2**20
 """Bytes of a weight that are worth a measurement: smaller ones stay in the CPU's caches."""
 
 
-def speed_up(model: Any, blocks: Sequence[PlacedBlock]) -> None:
+def speed_up(model: Any, blocks: Sequence[PlacedBlock], tell: Callable[[LoadEvent], None]) -> None:
     """Let what runs on the CPU use the compiled kernels, where they can be had and where they are faster.
 
     Weights stay where they are. Blocks that are on an accelerator are left alone.
@@ -30,6 +31,8 @@ def speed_up(model: Any, blocks: Sequence[PlacedBlock]) -> None:
     here = [block.module for block in blocks if block.device == "cpu" and block.module is not None]
     linears = {module: None for block in here for module in block.modules() if type(module) is nn.Linear}
     taken = [linear for linear in linears if linear.weight.dtype in KINDS]
+    if taken and not is_compiled():
+        tell(LoadEvent("compile", "compiling kernels for this CPU; that happens once"))
     if not taken or (library := find_library()) is None:
         return
     choice = Choice(library)

@@ -35,6 +35,7 @@ _TOKENS = (1, 2, 4, 8)
 _BEYOND_CACHES = 48 * 2**20
 _MOST_WEIGHTS = 64
 _ROUNDS = 3
+_MOST_SECONDS = 1.0
 _KEPT = 20
 
 _lock = threading.Lock()
@@ -60,11 +61,17 @@ class Choice:
         return self._faster.get(_name(weight, _as_measured(tokens)), True)
 
     def measure(self, weights: Iterable[torch.Tensor]) -> None:
-        """Measure the shapes among `weights` that were not yet, and keep what was found."""
+        """Measure the shapes among `weights` that were not yet, and keep what was found.
+
+        Ends after a second: on a busy machine the rest is left to the next load.
+        """
+        ends = time.perf_counter() + _MOST_SECONDS
         with _lock:
             new = {_name(weight, tokens): (weight, tokens) for weight in weights for tokens in _TOKENS}
             missing = {name: case for name, case in new.items() if name not in self._faster}
             for name, (weight, tokens) in missing.items():
+                if time.perf_counter() > ends:
+                    break
                 self._faster[name] = self._is_faster(weight, tokens)
             if missing:
                 self._keep()

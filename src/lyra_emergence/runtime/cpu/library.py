@@ -25,7 +25,7 @@ from lyra_emergence.cache_files import cache_path
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Layer", "Library", "Matrix", "find_library", "why_none"]
+__all__ = ["Layer", "Library", "Matrix", "find_library", "is_compiled", "why_none"]
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
@@ -142,6 +142,14 @@ def find_library() -> Library | None:
         return _find()[0]
 
 
+def is_compiled() -> bool:
+    """Return whether `find_library` returns at once, with the kernels or without."""
+    compiler = _compiler()
+    with suppress(OSError, subprocess.SubprocessError):
+        return compiler is None or _path(compiler).exists()
+    return True
+
+
 def why_none() -> str:
     """Return why there are no compiled kernels; "" where there are."""
     with _lock:
@@ -154,7 +162,7 @@ def _find() -> tuple[Library | None, str]:
     if compiler is None:
         return None, "there is no C++ compiler (c++, g++ or clang++, or the one that CXX names)"
     try:
-        path = cache_path("kernels") / f"{_key(compiler)}.so"
+        path = _path(compiler)
         library = _opened(path) if path.exists() else None
         if library is None:
             _compile(compiler, path)
@@ -178,6 +186,11 @@ def _compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
+def _path(compiler: str) -> Path:
+    return cache_path("kernels") / f"{_key(compiler)}.so"
+
+
+@cache
 def _key(compiler: str) -> str:
     """Name what was compiled by all that it depends on: sources, flags, compiler, and the CPU's instructions."""
     version = _run([compiler, "--version"])
