@@ -116,7 +116,7 @@ def load(
     model = _map_model(index, config, architecture)
     map_seconds = time.perf_counter() - started
     tell(LoadEvent("map", f"{plan.model} is open, {len(index.tensors)} tensors mapped"))
-    blocks, residency, attempts = _promote(model, plan, tell)
+    blocks, residency, attempts = _promote(model, plan, config, tell)
     if config.cpu_kernels:
         from lyra_emergence.runtime.cpu import speed_up
 
@@ -135,14 +135,14 @@ def load(
 
 
 def _promote(
-    model: Any, plan: Plan, tell: Callable[[LoadEvent], None]
+    model: Any, plan: Plan, config: ModelConfig, tell: Callable[[LoadEvent], None]
 ) -> tuple[tuple[PlacedBlock, ...], Residency, tuple[Attempt, ...]]:
     from lyra_emergence.runtime.blocks import split_into_blocks
     from lyra_emergence.runtime.handover import Handover
     from lyra_emergence.runtime.ladder import Ladder
     from lyra_emergence.runtime.residency import Residency
 
-    blocks = split_into_blocks(model, [(p.block, p.kind) for p in plan.placements], _form(plan, model))
+    blocks = split_into_blocks(model, [(p.block, p.kind) for p in plan.placements], _form(plan, model, config))
     ladder = Ladder(blocks, plan, tell)
     ladder.descend()
     model.config.dtype = blocks_dtype(plan)
@@ -156,10 +156,10 @@ def blocks_dtype(plan: Plan) -> Any:
     return getattr(torch, plan.footprint.dtype)
 
 
-def _form(plan: Plan, model: Any) -> LoadedForm:
+def _form(plan: Plan, model: Any, config: ModelConfig) -> LoadedForm:
     from lyra_emergence.runtime.blocks import LoadedForm
 
-    return LoadedForm(blocks_dtype(plan), model.dtype, plan.footprint.quantization)
+    return LoadedForm(blocks_dtype(plan), model.dtype, plan.footprint.quantization, config.cpu_kernels)
 
 
 def _load_architecture(directory: Path, config: ModelConfig) -> Any:

@@ -18,6 +18,7 @@ from lyra_emergence.loading import load
 from lyra_emergence.runtime.cpu import decoder, library
 from lyra_emergence.runtime.cpu.choice import Choice
 from lyra_emergence.runtime.cpu.linear import quicken
+from lyra_emergence.runtime.cpu.packed import PackedProjection
 from lyra_emergence.runtime.kv_cache import give_room
 
 from .families import FAMILIES
@@ -124,6 +125,75 @@ def test_several_threads_multiply_at_once(kernels: library.Library) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+# --- Packed ------------------------------------------------------------------------------------------
+
+
+def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_packed_weights_are_near(kernels: library.Library, quantization: Any, dtype: torch.dtype) -> None:
+    weight, bias = torch.randn(1040, 96).to(dtype), torch.randn(1040).to(dtype)
+    packed = PackedProjection(weight, bias, quantization, kernels)
+    # 8 bits: a row's largest of 96 is about 2.6 deviations, in 127 steps: 2.6 / 127 / sqrt(12) is 0.6%.
+    assert _error(packed.unpacked(torch.float32), weight) < {"8bit": 0.008, "4bit": 0.09}[quantization]
+    for tokens in (1, 2, 3, 5, 8, 9, 40):
+        x = torch.randn(tokens, 96).to(dtype)
+        y = packed(x)
+        assert (y.shape, y.dtype) == ((tokens, 1040), dtype)
+        unpacked = functional.linear(x, packed.unpacked(dtype), bias)
+        # Inputs are rounded to 8 bits for few tokens; prompts are not.
+        assert _error(y, unpacked) < 0.012
+        assert _error(y, functional.linear(x.double(), weight.double(), bias.double())) < 0.1
+
+
+@pytest.mark.parametrize("shape", ["normal", "outliers"])
+def test_four_bits_lose_no_more_than_nf4(kernels: library.Library, shape: str) -> None:
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(512, 1024)
+    if shape == "outliers":
+        weight *= torch.where(torch.rand(weight.shape) < 0.002, 12.0, 1.0)
+    weight = weight.bfloat16()
+    codes, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=False)
+    theirs = bnb.dequantize_4bit(codes, state).float()
+    packed = PackedProjection(weight, None, "4bit", kernels)
+    assert _error(packed.unpacked(torch.float32), weight) < _error(theirs, weight)
+    x = torch.randn(4, 1024).bfloat16()
+    exact = x.double() @ weight.double().T
+    assert _error(packed(x), exact) < _error(x.double() @ theirs.double().T, exact)
+    assert sum(p.nbytes for p in packed.parameters()) == codes.nbytes + state.absmax.nbytes
+
+
+def test_rows_of_zeros_and_huge_weights(kernels: library.Library) -> None:
+    weight = torch.zeros(16, 32)
+    weight[1] = 1e4
+    weight[2, 5] = -3.0
+    for quantization in ("8bit", "4bit"):
+        packed = PackedProjection(weight, None, quantization, kernels)
+        y = packed(torch.ones(1, 32))[0]
+        assert y[0] == 0
+        torch.testing.assert_close(y[1:3], torch.tensor([32e4, -3.0]), rtol=2e-3, atol=1e-3)
+
+
+def test_a_packed_model_on_the_cpu(kernels: library.Library, checkpoints: Checkpoints) -> None:
+    directory = checkpoints("llama")
+    for quantization in ("load_in_8bit", "load_in_4bit"):
+        loaded = load(ModelConfig(device_map="cpu", **{quantization: True}), directory=directory)
+        packed = [module for module in loaded.model.modules() if isinstance(module, PackedProjection)]
+        assert len(packed) == 7 * 4
+        assert all(isinstance(layer.forward, decoder._Forward) for layer in loaded.model.model.layers)
+        tokens = greedy(loaded)
+        for layer in loaded.model.model.layers:
+            del layer.forward
+        unfused = greedy(loaded)
+        assert tokens == unfused
+        if quantization == "load_in_8bit":
+            assert tokens == reference(directory)
+        loaded.close()
 
 
 # --- Layers ------------------------------------------------------------------------------------------

@@ -42,11 +42,13 @@ class LoadedForm:
         dtype: What floating-point parameters are converted to.
         stored: What they are in the checkpoint's map.
         quantization: How projections of layers are packed, or None.
+        cpu_kernels: Whether those on the CPU are packed for Lyra's own kernels, where there are any.
     """
 
     dtype: torch.dtype
     stored: torch.dtype
     quantization: Quantization | None
+    cpu_kernels: bool = False
 
 
 class _Copies:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import nn
 
 from lyra_emergence.errors import MissingExtraError
 from lyra_emergence.main_memory import require
+from lyra_emergence.runtime.cpu.library import find_library
+from lyra_emergence.runtime.cpu.packed import PackedProjection, packs
 
 if TYPE_CHECKING:
     from lyra_emergence.footprint import Quantization
@@ -53,8 +54,11 @@ def quantized_module(home: Any, form: LoadedForm, device: str) -> nn.Module:
     if device == "cpu":
         require(matrix.numel() * form.dtype.itemsize, "packing a projection")
     weight = matrix.T.contiguous() if type(home).__name__ == "Conv1D" else matrix
-    weight = weight.to(form.dtype)
     rows, columns = weight.shape  # (outputs, inputs)
+    if device == "cpu" and form.cpu_kernels and packs(rows, columns) and (library := find_library()) is not None:
+        bias = None if home.bias is None else home.bias.detach().to(form.dtype)
+        return PackedProjection(weight, bias, form.quantization or "8bit", library)
+    weight = weight.to(form.dtype)
     packed: Any
     if form.quantization == "8bit":
         packed = bnb.nn.Linear8bitLt(
@@ -67,8 +71,7 @@ def quantized_module(home: Any, form: LoadedForm, device: str) -> nn.Module:
             weight, requires_grad=False, quant_type="nf4", compress_statistics=False, module=packed
         )
         packed.weight = parameter.to(device)
-    bias: torch.Tensor | None = home.bias
-    if bias is not None:
-        packed.bias = nn.Parameter(bias.detach().to(form.dtype).to(device), requires_grad=False)
+    if home.bias is not None:
+        packed.bias = nn.Parameter(home.bias.detach().to(form.dtype).to(device), requires_grad=False)
     packed.eval()
     return cast("nn.Module", packed)

@@ -17,10 +17,11 @@ from transformers.cache_utils import DynamicCache
 
 from lyra_emergence.runtime.cpu.library import Layer, Library, Matrix
 from lyra_emergence.runtime.cpu.linear import KINDS, matrix_of
+from lyra_emergence.runtime.cpu.packed import PackedProjection, tensors_of
 from lyra_emergence.runtime.kv_cache import RoomyLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 __all__ = ["agrees", "fuse", "is_known"]
 
@@ -40,6 +41,7 @@ _PROJECTIONS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+_PACKED_KINDS = (3, 4)
 _NORMS = {
     "norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
@@ -97,8 +99,8 @@ def _shape_of(layer: nn.Module) -> _Shape | None:
     if activation is None or not head_size or head_size % 2 or epsilon is None:
         return None
     return _Shape(
-        heads=attention.q_proj.weight.shape[0] // head_size,
-        key_heads=attention.k_proj.weight.shape[0] // head_size,
+        heads=attention.q_proj.out_features // head_size,
+        key_heads=attention.k_proj.out_features // head_size,
         head_size=head_size,
         scaling=float(attention.scaling),
         epsilon=float(epsilon),
@@ -114,7 +116,9 @@ class _Forward:
         self._whole: Any = layer.forward
         self._library = library
         self._shape = shape
-        self._places = tuple(_parameter_places(layer))
+        self._norms = [name for name, path in _NORMS.items() if _has(layer, path)]
+        norms = (_NORMS[name] for name in self._norms)
+        self._places = tuple(_places(layer, (*_PROJECTIONS.values(), *norms)))
         self._held: list[Any] = []
         self._struct: Layer | None = None
         self._kind = -1
@@ -142,26 +146,26 @@ class _Forward:
 
     def _described(self) -> Layer | None:
         """Return the layer's weights as the kernels see them; described anew where they have moved."""
-        now = [parameters.get(leaf) for parameters, leaf in self._places]
+        modules = [parent[leaf] for parent, leaf in self._places]
+        now = [tensor for module in modules for tensor in tensors_of(module)]
         if len(now) != len(self._held) or any(new is not old for new, old in zip(now, self._held, strict=True)):
             self._held = now
-            self._struct = self._describe(now)
+            self._struct = self._describe(
+                modules[: len(_PROJECTIONS)], [m.weight for m in modules[len(_PROJECTIONS) :]]
+            )
         return self._struct
 
-    def _describe(self, tensors: list[Any]) -> Layer | None:
+    def _describe(self, projections: list[Any], norms: list[Any]) -> Layer | None:
         shape = self._shape
-        weights, norms = tensors[: 2 * len(_PROJECTIONS)], tensors[2 * len(_PROJECTIONS) :]
-        matrices = [matrix_of(weight, bias) for weight, bias in zip(weights[::2], weights[1::2], strict=True)]
-        plain = {tensor.dtype for tensor in tensors if tensor is not None}
-        if (
-            any(matrix is None for matrix in matrices)
-            or len(plain) != 1
-            or any(n is not None and not n.is_cpu for n in norms)
-        ):
+        matrices = [_matrix(projection) for projection in projections]
+        kinds = {KINDS.get(norm.dtype, -1) for norm in norms}
+        kinds |= {matrix.kind for matrix in matrices if matrix is not None} - set(_PACKED_KINDS)
+        if None in matrices or len(kinds) != 1 or not all(norm.is_cpu for norm in norms):
             return None
-        self._kind = KINDS[plain.pop()]
+        self._kind = kinds.pop()
         named: dict[str, Matrix] = dict(zip(_PROJECTIONS, matrices, strict=True))  # type: ignore[arg-type]
-        addresses = {name: None if norm is None else norm.data_ptr() for name, norm in zip(_NORMS, norms, strict=True)}
+        addresses: dict[str, int | None] = dict.fromkeys(_NORMS)
+        addresses |= {name: norm.data_ptr() for name, norm in zip(self._norms, norms, strict=True)}
         return Layer(
             kind=self._kind,
             activation=shape.activation,
@@ -198,15 +202,17 @@ class _Forward:
         return out
 
 
-def _parameter_places(layer: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield where each tensor of a layer is held: weights and biases of projections, then norms."""
-    for path in _PROJECTIONS.values():
-        module = layer.get_submodule(path)
-        yield module._parameters, "weight"  # noqa: SLF001 - attributes of modules are slow to read
-        yield module._parameters, "bias"  # noqa: SLF001
-    for path in _NORMS.values():
-        module = layer.get_submodule(path) if _has(layer, path) else nn.Module()
-        yield module._parameters, "weight"  # noqa: SLF001
+def _places(layer: nn.Module, paths: Iterable[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield where each module is held, and under what name: who packs a projection puts another in its place."""
+    for path in paths:
+        parent, _, leaf = path.rpartition(".")
+        yield (layer.get_submodule(parent) if parent else layer)._modules, leaf  # noqa: SLF001
+
+
+def _matrix(projection: Any) -> Matrix | None:
+    if isinstance(projection, PackedProjection):
+        return projection.matrix
+    return matrix_of(*tensors_of(projection)) if type(projection) is nn.Linear else None
 
 
 def _has(layer: nn.Module, path: str) -> bool:
@@ -224,9 +230,10 @@ def agrees(model: Any, layer: nn.Module, library: Library) -> bool:
     rotary: Any = getattr(getattr(model, "model", None), "rotary_emb", None)
     if shape is None or rotary is None:
         return False
-    weight: torch.Tensor = layer.self_attn.q_proj.weight  # type: ignore[union-attr,assignment]
+    norm: Any = layer.input_layernorm
+    dtype = norm.weight.dtype
     made = torch.Generator().manual_seed(0)
-    states = torch.randn((1, _TRIED + 1, weight.shape[1]), generator=made).to(weight.dtype)
+    states = torch.randn((1, _TRIED + 1, norm.weight.shape[0]), generator=made).to(dtype)
     positions = torch.arange(_TRIED + 1)[None]
     cosine, sine = rotary(states, positions)
     found = []
@@ -242,4 +249,4 @@ def agrees(model: Any, layer: nn.Module, library: Library) -> bool:
     own, fused = found
     # The change that the layer makes, not what it passes on, is to be the same.
     change = (own - states[:, _TRIED:].float()).norm()
-    return bool((own - fused).norm() <= _TOLERANCE[weight.dtype] * change)
+    return bool((own - fused).norm() <= _TOLERANCE[dtype] * change)

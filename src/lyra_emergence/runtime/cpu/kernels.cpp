@@ -22,7 +22,8 @@ extern "C" int omp_get_num_threads();
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define LYRA_AVX512 1
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#endif
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
 #define LYRA_AVX2 1
 #endif
@@ -129,7 +130,7 @@ void take(Inputs& inputs, const void* x, int kind, int64_t tokens, int64_t colum
   for (int64_t at = 0; at < tokens * columns; ++at) inputs.values[at] = load(x, kind, at);
 }
 
-void round_inputs(Inputs& inputs) {
+[[maybe_unused]] void round_inputs(Inputs& inputs) {
   inputs.bf16.resize(inputs.values.size());
   for (size_t at = 0; at < inputs.values.size(); ++at) inputs.bf16[at] = to_bf16(inputs.values[at]);
 }
@@ -203,23 +204,30 @@ void dot_rows(const void* weights, int64_t row, const Inputs& inputs, int64_t fi
   }
   for (int token = 0; token < tokens; ++token) sums[token] = _mm512_reduce_add_ps(total[token]);
 #elif LYRA_AVX2
-  __m256 total[tokens];
-  for (int token = 0; token < tokens; ++token) total[token] = _mm256_setzero_ps();
-  for (; at + 8 <= columns; at += 8) {
-    __m256 w;
-    if constexpr (kind == kFloat32) {
-      w = _mm256_loadu_ps(static_cast<const float*>(weights) + row * columns + at);
-    } else {
-      const auto* from = static_cast<const uint16_t*>(weights) + row * columns + at;
-      const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-      w = kind == kFloat16 ? _mm256_cvtph_ps(raw)
-                           : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+  // Several sums at once: one would wait for the one before.
+  constexpr int kSums = tokens == 1 ? 4 : 2;
+  __m256 total[tokens][kSums];
+  for (int token = 0; token < tokens; ++token)
+    for (int sum = 0; sum < kSums; ++sum) total[token][sum] = _mm256_setzero_ps();
+  for (; at + 8 * kSums <= columns; at += 8 * kSums) {
+    for (int sum = 0; sum < kSums; ++sum) {
+      const int64_t here = row * columns + at + 8 * sum;
+      __m256 w;
+      if constexpr (kind == kFloat32) {
+        w = _mm256_loadu_ps(static_cast<const float*>(weights) + here);
+      } else {
+        const __m128i raw =
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(weights) + here));
+        w = kind == kFloat16 ? _mm256_cvtph_ps(raw)
+                             : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+      }
+      for (int token = 0; token < tokens; ++token)
+        total[token][sum] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + token * columns + at + 8 * sum), total[token][sum]);
     }
-    for (int token = 0; token < tokens; ++token)
-      total[token] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + token * columns + at), total[token]);
   }
   for (int token = 0; token < tokens; ++token) {
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(total[token]), _mm256_extractf128_ps(total[token], 1));
+    for (int sum = 1; sum < kSums; ++sum) total[token][0] = _mm256_add_ps(total[token][0], total[token][sum]);
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(total[token][0]), _mm256_extractf128_ps(total[token][0], 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     sums[token] = _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
   }
@@ -238,11 +246,11 @@ void dot_rows(const void* weights, int64_t row, const Inputs& inputs, int64_t fi
 // to 16 sums, and memory is read from front to back.
 //
 // 8 bits: the weight plus 128. 4 bits: two quads share their bytes, the even one in the low halves.
-// Scales: float16, (tiles, groups, 16 rows).
+// Scales: of 4 bits float16, (tiles, groups, 16 rows); of 8 bits float32, one for each row: a byte has levels enough.
 
 struct Packed {
   const uint8_t* codes;
-  const uint16_t* scales;
+  const void* scales;
   int64_t rows, columns;
 };
 
@@ -255,7 +263,8 @@ template <int kind, int tokens>
 void dot_tile(const Packed& packed, int64_t tile, const Inputs& inputs, int64_t first, float (*sums)[kTile]) {
   const int64_t groups = packed.columns / kGroup;
   const uint8_t* codes = packed.codes + tile * groups * group_bytes<kind>();
-  const uint16_t* scales = packed.scales + tile * groups * kTile;
+  const uint16_t* scales = static_cast<const uint16_t*>(packed.scales) + tile * groups * kTile;
+  const float* row_scales = static_cast<const float*>(packed.scales) + tile * kTile;
 #if LYRA_AVX512 && defined(__AVX512VNNI__)
   __m512 total[tokens];
   for (int token = 0; token < tokens; ++token) total[token] = _mm512_setzero_ps();
@@ -264,7 +273,8 @@ void dot_tile(const Packed& packed, int64_t tile, const Inputs& inputs, int64_t 
   for (int i = 0; i < 16; ++i) levels[i] = static_cast<uint8_t>(kLevels[i] + 128);
   const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(levels)));
   for (int64_t group = 0; group < groups; ++group, codes += group_bytes<kind>(), scales += kTile) {
-    const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+    __m512 scale;
+    if constexpr (kind == kPacked4) scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
     __m512i sum[tokens];
     for (int token = 0; token < tokens; ++token)
       sum[token] = _mm512_set1_epi32(inputs.offsets[(first + token) * groups + group]);
@@ -288,11 +298,62 @@ void dot_tile(const Packed& packed, int64_t tile, const Inputs& inputs, int64_t 
     }
     _mm_prefetch(reinterpret_cast<const char*>(codes + 4 * group_bytes<kind>()), _MM_HINT_T0);
     for (int token = 0; token < tokens; ++token) {
-      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(inputs.scales[(first + token) * groups + group]));
+      __m512 both = _mm512_set1_ps(inputs.scales[(first + token) * groups + group]);
+      if constexpr (kind == kPacked4) both = _mm512_mul_ps(scale, both);
       total[token] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[token]), both, total[token]);
     }
   }
-  for (int token = 0; token < tokens; ++token) _mm512_storeu_ps(sums[token], total[token]);
+  for (int token = 0; token < tokens; ++token) {
+    if constexpr (kind == kPacked8) total[token] = _mm512_mul_ps(total[token], _mm512_loadu_ps(row_scales));
+    _mm512_storeu_ps(sums[token], total[token]);
+  }
+#elif LYRA_AVX2
+  // 8 bits without sign times 8 bits with one add up in 16: the weight's sign goes to the input, so that none overflows.
+  __m256 total[tokens][2];
+  for (int token = 0; token < tokens; ++token) total[token][0] = total[token][1] = _mm256_setzero_ps();
+  const __m256i low_half = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), flip = _mm256_set1_epi8(-128);
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kLevels)));
+  for (int64_t group = 0; group < groups; ++group, codes += group_bytes<kind>(), scales += kTile) {
+    __m256i sum[tokens][2];
+    for (int token = 0; token < tokens; ++token) sum[token][0] = sum[token][1] = _mm256_setzero_si256();
+    for (int quad = 0; quad < kGroup / kQuad; ++quad) {
+      for (int part = 0; part < 2; ++part) {
+        __m256i weights;
+        if constexpr (kind == kPacked4) {
+          const auto* from = reinterpret_cast<const __m256i*>(codes + (quad / 2) * 64 + part * 32);
+          __m256i both = _mm256_loadu_si256(from);
+          if (quad % 2) both = _mm256_srli_epi16(both, 4);
+          weights = _mm256_shuffle_epi8(table, _mm256_and_si256(both, low_half));
+        } else {
+          const auto* from = reinterpret_cast<const __m256i*>(codes + quad * 64 + part * 32);
+          weights = _mm256_xor_si256(_mm256_loadu_si256(from), flip);
+        }
+        const __m256i size = _mm256_abs_epi8(weights);
+        for (int token = 0; token < tokens; ++token) {
+          int32_t four;
+          std::memcpy(&four, inputs.integers.data() + (first + token) * packed.columns + group * kGroup + quad * 4, 4);
+          const __m256i x = _mm256_sign_epi8(_mm256_set1_epi32(four), weights);
+          const __m256i pairs = _mm256_maddubs_epi16(size, x);
+          sum[token][part] = _mm256_add_epi32(sum[token][part], _mm256_madd_epi16(pairs, ones));
+        }
+      }
+    }
+    for (int token = 0; token < tokens; ++token)
+      for (int part = 0; part < 2; ++part) {
+        __m256 both = _mm256_set1_ps(inputs.scales[(first + token) * groups + group]);
+        if constexpr (kind == kPacked4) {
+          const auto* from = reinterpret_cast<const __m128i*>(scales + part * 8);
+          both = _mm256_mul_ps(both, _mm256_cvtph_ps(_mm_loadu_si128(from)));
+        }
+        total[token][part] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[token][part]), both, total[token][part]);
+      }
+  }
+  for (int token = 0; token < tokens; ++token)
+    for (int part = 0; part < 2; ++part) {
+      if constexpr (kind == kPacked8)
+        total[token][part] = _mm256_mul_ps(total[token][part], _mm256_loadu_ps(row_scales + part * 8));
+      _mm256_storeu_ps(sums[token] + part * 8, total[token][part]);
+    }
 #else
   for (int token = 0; token < tokens; ++token)
     for (int64_t row = 0; row < kTile; ++row) sums[token][row] = 0;
@@ -318,9 +379,12 @@ void dot_tile(const Packed& packed, int64_t tile, const Inputs& inputs, int64_t 
       }
       const float scale = inputs.scales[(first + token) * groups + group];
       for (int64_t row = 0; row < kTile; ++row)
-        sums[token][row] += static_cast<float>(sum[row]) * from_half(scales[row]) * scale;
+        sums[token][row] += static_cast<float>(sum[row]) * scale * (kind == kPacked4 ? from_half(scales[row]) : 1.0f);
     }
   }
+  if (kind == kPacked8)
+    for (int token = 0; token < tokens; ++token)
+      for (int64_t row = 0; row < kTile; ++row) sums[token][row] *= row_scales[row];
 #endif
 }
 
@@ -349,8 +413,7 @@ template <int kind, int tokens>
 void multiply_unit(const Matrix& matrix, int64_t unit, const Inputs& inputs, int64_t first, float* outputs) {
   if constexpr (kind == kPacked8 || kind == kPacked4) {
     float sums[tokens][kTile];
-    const Packed packed{static_cast<const uint8_t*>(matrix.weights), static_cast<const uint16_t*>(matrix.scales),
-                        matrix.rows, matrix.columns};
+    const Packed packed{static_cast<const uint8_t*>(matrix.weights), matrix.scales, matrix.rows, matrix.columns};
     dot_tile<kind, tokens>(packed, unit, inputs, first, sums);
     for (int token = 0; token < tokens; ++token)
       for (int64_t row = unit * kTile; row < std::min(matrix.rows, (unit + 1) * kTile); ++row)
@@ -411,14 +474,25 @@ void encode(const float* values, float inverse, uint8_t* codes) {
 
 template <int kind>
 void pack_tile(const void* weights, int from, int64_t rows, int64_t columns, int64_t tile, uint8_t* codes,
-               uint16_t* scales) {
+               void* scales) {
   const int64_t groups = columns / kGroup;
+  float inverses[kTile];
+  if constexpr (kind == kPacked8) {
+    for (int64_t lane = 0; lane < kTile; ++lane) {
+      const int64_t row = tile * kTile + lane;
+      float most = 0;
+      for (int64_t i = 0; row < rows && i < columns; ++i) most = std::max(most, std::fabs(load(weights, from, row * columns + i)));
+      static_cast<float*>(scales)[row] = most / 127.0f;
+      inverses[lane] = most > 0 ? 127.0f / most : 0.0f;
+    }
+  }
   for (int64_t group = 0; group < groups; ++group) {
     uint8_t* to = codes + (tile * groups + group) * group_bytes<kind>();
     std::memset(to, 0, group_bytes<kind>());
     for (int64_t lane = 0; lane < kTile; ++lane) {
       const int64_t row = tile * kTile + lane, at = row * columns + group * kGroup;
-      float values[kGroup] = {}, most = 0;
+      float values[kGroup] = {};
+      [[maybe_unused]] float most = 0;
       if (row < rows) {
         if (from == kFloat32) std::memcpy(values, static_cast<const float*>(weights) + at, sizeof values);
         else if (from == kBFloat16)
@@ -426,11 +500,14 @@ void pack_tile(const void* weights, int from, int64_t rows, int64_t columns, int
         else
           for (int64_t i = 0; i < kGroup; ++i) values[i] = from_half(static_cast<const uint16_t*>(weights)[at + i]);
       }
-      for (float value : values) most = std::max(most, std::fabs(value));
-      const uint16_t scale = to_half(most / 127.0f);
-      scales[(tile * groups + group) * kTile + lane] = scale;
+      if constexpr (kind == kPacked4) {
+        for (float value : values) most = std::max(most, std::fabs(value));
+        const uint16_t scale = to_half(most / 127.0f);
+        static_cast<uint16_t*>(scales)[(tile * groups + group) * kTile + lane] = scale;
+        inverses[lane] = from_half(scale) > 0 ? 1.0f / from_half(scale) : 0.0f;
+      }
       uint8_t found[kGroup];
-      encode<kind>(values, from_half(scale) > 0 ? 1.0f / from_half(scale) : 0.0f, found);
+      encode<kind>(values, inverses[lane], found);
       for (int64_t quad = 0; quad < kGroup / kQuad; ++quad)
         for (int64_t i = 0; i < kQuad; ++i) {
           const uint8_t code = found[quad * kQuad + i];
@@ -623,12 +700,13 @@ int64_t lyra_packed_codes(int kind, int64_t rows, int64_t columns) {
   return tiles * groups * (kind == kPacked4 ? group_bytes<kPacked4>() : group_bytes<kPacked8>());
 }
 
-int64_t lyra_packed_scales(int64_t rows, int64_t columns) {
-  return (rows + kTile - 1) / kTile * (columns / kGroup) * kTile * 2;
+int64_t lyra_packed_scales(int kind, int64_t rows, int64_t columns) {
+  const int64_t padded = (rows + kTile - 1) / kTile * kTile;
+  return kind == kPacked4 ? padded * (columns / kGroup) * 2 : padded * 4;
 }
 
 // Packs a matrix of 32- or 16-bit floats. Rows that fill up the last tile are zero.
-int lyra_pack(const void* weights, int from, int kind, int64_t rows, int64_t columns, uint8_t* codes, uint16_t* scales,
+int lyra_pack(const void* weights, int from, int kind, int64_t rows, int64_t columns, uint8_t* codes, void* scales,
               int threads) {
   if (columns % kGroup || !is_packed(kind)) return 2;
   const int64_t tiles = (rows + kTile - 1) / kTile;
@@ -652,7 +730,8 @@ int lyra_unpack(const Matrix* matrix, int64_t first, int64_t count, void* to, in
     const int64_t tile = row / kTile, lane = row % kTile;
     for (int64_t group = 0; group < groups; ++group) {
       const uint8_t* from = codes + (tile * groups + group) * bytes;
-      const float scale = from_half(scales[(tile * groups + group) * kTile + lane]);
+      const float scale = matrix->kind == kPacked4 ? from_half(scales[(tile * groups + group) * kTile + lane])
+                                                   : static_cast<const float*>(matrix->scales)[row];
       for (int64_t i = 0; i < kGroup; ++i) {
         const int64_t quad = i / kQuad, byte = lane * kQuad + i % kQuad;
         int level;

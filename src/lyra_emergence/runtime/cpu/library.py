@@ -84,7 +84,7 @@ _SIGNATURES: dict[str, tuple[type, list[type]]] = {
         [_POINTER, _POINTER, _POINTER, _POINTER, ctypes.c_int, _POINTER, _POINTER, _SIZE, _SIZE, ctypes.c_int],
     ),
     "lyra_packed_codes": (_SIZE, [ctypes.c_int, _SIZE, _SIZE]),
-    "lyra_packed_scales": (_SIZE, [_SIZE, _SIZE]),
+    "lyra_packed_scales": (_SIZE, [ctypes.c_int, _SIZE, _SIZE]),
     "lyra_pack": (
         ctypes.c_int,
         [_POINTER, ctypes.c_int, ctypes.c_int, _SIZE, _SIZE, _POINTER, _POINTER, ctypes.c_int],

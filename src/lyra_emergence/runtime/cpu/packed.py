@@ -1,0 +1,122 @@
+"""Projections packed to 8 or 4 bits for the CPU, in the kernels' own form.
+
+8 bits: a byte and, for each row, a float32 scale. 4 bits: the 16 levels of NF4 and a float16 scale for every 32 inputs,
+so that an outlier spoils half as many neighbours as in bitsandbytes' blocks of 64, at the same bytes. Steps of
+few tokens multiply the packed weights, with inputs rounded to 8 bits; prompts unpack some rows at a time for torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lyra_emergence.runtime.cpu.library import Matrix
+from lyra_emergence.runtime.cpu.linear import KINDS
+
+if TYPE_CHECKING:
+    from lyra_emergence.footprint import Quantization
+    from lyra_emergence.runtime.cpu.library import Library
+
+__all__ = ["UNPACKED_ROWS", "PackedProjection", "packs", "tensors_of"]
+
+UNPACKED_ROWS = 512
+"""Rows that are unpacked at once: few enough to stay in the CPU's caches until they are multiplied."""
+_GROUP = 32
+_TILE = 16
+_PACKED = {"8bit": 3, "4bit": 4}
+_SCALE_DTYPES = {"8bit": torch.float32, "4bit": torch.float16}
+
+
+def packs(rows: int, columns: int) -> bool:
+    """Return whether the kernels pack a matrix of that shape: whole tiles of rows, whole groups of inputs."""
+    return rows % _TILE == 0 and columns % _GROUP == 0
+
+
+class PackedProjection(nn.Module):
+    """A projection in packed form.
+
+    Args:
+        weight: (outputs, inputs), float32, bfloat16 or float16; not kept.
+        bias: (outputs,) or None, in `dtype`.
+        quantization: "8bit" or "4bit".
+        library: The kernels.
+
+    Raises:
+        RuntimeError: Memory ran out.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, quantization: Quantization, library: Library
+    ) -> None:
+        super().__init__()
+        self._library = library
+        self._kind = _PACKED[quantization]
+        self.out_features, self.in_features = weight.shape
+        rows, columns = weight.shape
+        weight = weight.contiguous()
+        codes = torch.empty(library.packed_codes(self._kind, rows, columns), dtype=torch.uint8)
+        scale_dtype = _SCALE_DTYPES[quantization]
+        scales = torch.empty(
+            library.packed_scales(self._kind, rows, columns) // scale_dtype.itemsize, dtype=scale_dtype
+        )
+        threads = torch.get_num_threads()
+        library.pack(
+            weight.data_ptr(),
+            KINDS[weight.dtype],
+            self._kind,
+            rows,
+            columns,
+            codes.data_ptr(),
+            scales.data_ptr(),
+            threads,
+        )
+        # Parameters, so that whoever counts a model's parameters counts these.
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
+        self.matrix = self._described()
+
+    def _described(self) -> Matrix:
+        address = self.bias.data_ptr() if self.bias is not None else None
+        codes, scales = self.codes.data_ptr(), self.scales.data_ptr()
+        return Matrix(self._kind, codes, scales, address, self.out_features, self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the projection of `x`, (..., inputs), as (..., outputs)."""
+        tokens = x.numel() // self.in_features
+        if not 0 < tokens <= self._library.most_tokens:
+            return self._unpacking(x)
+        x = x.contiguous()
+        y = torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype)
+        threads = torch.get_num_threads()
+        self._library.linear(x.data_ptr(), y.data_ptr(), KINDS[x.dtype], tokens, ctypes.byref(self.matrix), threads)
+        return y
+
+    def _unpacking(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype)
+        for first in range(0, self.out_features, UNPACKED_ROWS):
+            count = min(UNPACKED_ROWS, self.out_features - first)
+            y[..., first : first + count] = functional.linear(x, self.unpacked(x.dtype, first, count))
+        return y if self.bias is None else y.add_(self.bias)
+
+    def unpacked(self, dtype: torch.dtype, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Return rows of the matrix, (count, inputs)."""
+        count = self.out_features - first if count is None else count
+        rows = torch.empty((count, self.in_features), dtype=dtype)
+        threads = torch.get_num_threads()
+        self._library.unpack(ctypes.byref(self.matrix), first, count, rows.data_ptr(), KINDS[dtype], threads)
+        return rows
+
+    def extra_repr(self) -> str:
+        """Return the shape for `repr`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def tensors_of(projection: Any) -> tuple[Any, Any]:
+    """Return what a projection multiplies by, and its bias: the objects, to see whether they were exchanged."""
+    parameters = projection._parameters  # noqa: SLF001 - attributes of modules are slow to read
+    return parameters.get("codes", parameters.get("weight")), parameters.get("bias")
