@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
+
+from lyra_emergence.whole_files import replace_file
 
 __all__ = ["cache_path", "replace_whole"]
 
@@ -17,15 +18,9 @@ def cache_path(name: str) -> Path:
 
 
 def replace_whole(path: Path, text: str) -> None:
-    """Write a file under another name and put it in the old one's place, so that no reader sees a part.
+    """Put `text` at `path` in one step, so that no reader sees a part.
 
     A folder that cannot be written to costs the next measurement and is no error.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with suppress(OSError):
+        replace_file(path, text.encode())

@@ -26,6 +26,7 @@ __all__ = ["FrameworkCosts", "framework_costs", "measure_framework", "private_by
 JSON_FORMAT = "lyra.framework/1"
 _PACKAGES = ("torch", "transformers", "bitsandbytes")
 _FILE = "framework.json"
+_MOST_BYTES = 2**40
 _LONGEST = 180.0
 """Seconds that the measurement may take: importing torch from a cold disk takes most of them."""
 
@@ -53,13 +54,26 @@ ASSUMED = FrameworkCosts(main_memory=480 * 2**20, quantization=64 * 2**20, measu
 
 def framework_costs() -> FrameworkCosts:
     """Return the figures kept for the installed versions, or the assumed ones."""
+    return _read(cache_path(_FILE)) or ASSUMED
+
+
+def _read(path: Path) -> FrameworkCosts | None:
+    """Return the figures in a file; None where it is absent, damaged or of other versions."""
     try:
-        held = json.loads(cache_path(_FILE).read_text(encoding="utf-8"))
+        held = json.loads(path.read_text(encoding="utf-8"))
         if held["format"] == JSON_FORMAT and held["versions"] == _versions():
-            return FrameworkCosts(**held["costs"])
-    except (OSError, ValueError, KeyError, TypeError):
+            return _checked(FrameworkCosts(**held["costs"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    return ASSUMED
+    return None
+
+
+def _checked(costs: FrameworkCosts) -> FrameworkCosts:
+    """Return figures from a file, or raise ValueError: planning adds them up without looking."""
+    figures = (costs.main_memory, costs.quantization, *costs.gpus.values())
+    if not all(type(figure) is int and 0 <= figure < _MOST_BYTES for figure in figures):
+        raise ValueError("no bytes that a framework could take")
+    return costs
 
 
 def measure_framework() -> FrameworkCosts:

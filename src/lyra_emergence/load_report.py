@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
     from lyra_emergence.ladder import RungName
 
-__all__ = ["Attempt", "LoadEvent", "LoadReport", "Outcome"]
+__all__ = ["TRUST_WARNING", "Attempt", "LoadEvent", "LoadReport", "Outcome"]
+
+TRUST_WARNING = (
+    "'trust_remote_code' is true: Python code that comes with a checkpoint runs on this machine, and may do all you may"
+)
+"""What is said whenever code of strangers may run, before it does."""
 
 Outcome = Literal["loaded", "out of memory", "passed over"]
 

@@ -92,7 +92,7 @@ def _read(path: Path) -> dict[str, Trial]:
             key: Trial(tuple(map(int, one["kv_cache"])), Activations(**one["activations"]))
             for key, one in held["trials"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -12,7 +12,7 @@ from lyra_emergence.units import format_bytes
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["DAMAGED", "open_regular", "parse_object", "read_object", "shown"]
+__all__ = ["DAMAGED", "open_regular", "parse_object", "read_fully", "read_object", "shown"]
 
 DAMAGED = "the file is damaged or incomplete; download or copy it again"
 """The remedy for a file that breaks its own format."""
@@ -44,6 +44,24 @@ def open_regular(path: Path) -> tuple[BinaryIO, int]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def read_fully(stream: BinaryIO, count: int, path: Path) -> bytes:
+    """Return the next `count` bytes of a file, or what it has left where that is less.
+
+    One call may give fewer although more follow: network file systems do so, and Linux never gives more than 2 GiB.
+
+    Raises:
+        CheckpointError: The disk fails.
+    """
+    parts: list[bytes] = []
+    try:
+        while count > 0 and (part := stream.read(count)):
+            parts.append(part)
+            count -= len(part)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return b"".join(parts)
+
+
 def read_object(path: Path, *, limit: int, strict: bool) -> dict[str, Any]:
     """Return the JSON object in the file `path`.
 
@@ -61,8 +79,8 @@ def read_object(path: Path, *, limit: int, strict: bool) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} has {format_bytes(size)}; such a file has at most {format_bytes(limit)}", hint=DAMAGED
             )
-        raw = stream.read(size)
-    return parse_object(raw or b"", str(path), strict=strict)
+        raw = read_fully(stream, size, path)
+    return parse_object(raw, str(path), strict=strict)
 
 
 def parse_object(raw: bytes, where: str, *, strict: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lyra_emergence.checkpoint.json_files import DAMAGED, open_regular, parse_object, shown
+from lyra_emergence.checkpoint.json_files import DAMAGED, open_regular, parse_object, read_fully, shown
 from lyra_emergence.errors import CheckpointError
 from lyra_emergence.units import format_bytes
 
@@ -93,8 +93,8 @@ def read_header(directory: Path, file: str) -> tuple[TensorInfo, ...]:
     path = directory / file
     stream, size = open_regular(path)
     with stream:
-        length = header_length(stream.read(PREFIX_BYTES) or b"", size, str(path))
-        raw = stream.read(length) or b""
+        length = header_length(read_fully(stream, PREFIX_BYTES, path), size, str(path))
+        raw = read_fully(stream, length, path)
     return parse_header(raw, length, size, str(path), file)
 
 

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lyra_emergence.cli.config import config_app
-from lyra_emergence.cli.console import Console
+from lyra_emergence.cli.console import Console, writing_output
 from lyra_emergence.cli.options import Options
 from lyra_emergence.cli.status import FAILED, INTERRUPTED, USAGE
 from lyra_emergence.errors import LyraError
@@ -64,7 +64,8 @@ def _invoke(arguments: list[str]) -> Any:
 
 
 def _exit_code(result: Any) -> int:
-    sys.stdout.flush()
+    with writing_output():
+        sys.stdout.flush()
     return result if isinstance(result, int) else 0
 
 
@@ -366,5 +367,7 @@ def _print_version(wanted: bool) -> None:
         number = version("lyra-emergence")
     except PackageNotFoundError:
         number = "unknown (not installed)"
-    sys.stdout.write(f"lyra {number}\n")
+    with writing_output():
+        sys.stdout.write(f"lyra {number}\n")
+        sys.stdout.flush()
     raise typer.Exit

@@ -31,6 +31,7 @@ __all__ = ["SLASH_COMMANDS", "Chat", "EmptyInterrupt", "SlashCommand", "history_
 
 PROMPT: Final = "> "
 _APPLICATION: Final = "lyra-emergence"
+_NOT_KEPT: Final = "the data folder cannot be written: questions are not kept for next time"
 
 
 def run_chat(options: Options, console: Console) -> int:
@@ -246,7 +247,15 @@ def _plain_reader(console: Console) -> Callable[[], str]:
 def _history(console: Console) -> Any:
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
+    class KeptHistory(FileHistory):
+        def store_string(self, string: str) -> None:
+            """Keep a question; a disk that is full must not end the chat."""
+            try:
+                super().store_string(string)
+            except OSError:
+                console.note(_NOT_KEPT)
+
     with suppress(OSError):
-        return FileHistory(str(history_path()))
-    console.note("the data folder cannot be written: questions are not kept for next time")
+        return KeptHistory(str(history_path()))
+    console.note(_NOT_KEPT)
     return InMemoryHistory()

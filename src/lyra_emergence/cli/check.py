@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from lyra_emergence.cli.models import find_model
+from lyra_emergence.cli.options import say_notes
 from lyra_emergence.cli.plan_view import band_text
 from lyra_emergence.cli.progress import LoadProgress
 from lyra_emergence.errors import ConfigError, ModelUnavailableError
@@ -42,7 +43,9 @@ def run_check(options: Options, request: PlanRequest, console: Console) -> int:
 
     if request.gpus or request.ram is not None:
         raise ConfigError("'--check' runs the model, so it cannot plan for other hardware ('--gpu', '--ram')")
-    choice = find_model(options.resolve())
+    resolved = options.resolve()
+    say_notes(resolved, console)
+    choice = find_model(resolved)
     if choice.remote is not None:
         raise ModelUnavailableError(
             f"{choice.config.model_id} is not on this machine, and a check needs its weights",

@@ -11,12 +11,15 @@ import re
 import shutil
 import sys
 import textwrap
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Literal, TextIO
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from lyra_emergence.errors import LyraError
 
-__all__ = ["Console", "ControlStripper", "Style", "WordWrapper", "strip_controls"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = ["Console", "ControlStripper", "Style", "WordWrapper", "strip_controls", "writing_output"]
 
 Style = Literal["bold", "dim", "red", "yellow", "green", "cyan", "magenta", "blue"]
 
@@ -133,6 +136,24 @@ def _columns(text: str) -> int:
     return get_cwidth(text)
 
 
+@contextmanager
+def writing_output() -> Iterator[None]:
+    """Turn a disk that is full behind stdout into an error of ours; a reader that left is none.
+
+    Raises:
+        LyraError: stdout cannot be written.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise LyraError(
+            f"the output cannot be written: {reason}", hint="free some space, or write elsewhere"
+        ) from error
+
+
 class Console:
     """The two output streams of one run of the program.
 
@@ -203,8 +224,9 @@ class Console:
 
     def write(self, text: str) -> None:
         """Write a piece of the answer to stdout at once."""
-        self.stdout.write(text)
-        self.stdout.flush()
+        with writing_output():
+            self.stdout.write(text)
+            self.stdout.flush()
 
     def print(self, text: str = "") -> None:
         """Print a line on stdout."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lyra_emergence.load_report import TRUST_WARNING
+
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lyra_emergence.cli.console import Console
     from lyra_emergence.config import ResolvedConfig
 
-__all__ = ["Options"]
+__all__ = ["Options", "say_notes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +86,11 @@ class Options:
         if self.seed is not None:
             given["seed"] = self.seed
         return given
+
+
+def say_notes(resolved: ResolvedConfig, console: Console) -> None:
+    """Say what the user should know about the configuration before anything is done with it."""
+    for note in resolved.notes:
+        console.note(note)
+    if resolved.config.trust_remote_code:
+        console.warning(TRUST_WARNING)

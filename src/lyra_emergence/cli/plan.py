@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from lyra_emergence.cli.models import find_model
+from lyra_emergence.cli.options import say_notes
 from lyra_emergence.cli.plan_view import explain_block, render_plan, render_speed
 from lyra_emergence.cli.progress import working
 from lyra_emergence.errors import ConfigError
@@ -92,8 +93,10 @@ def run_plan(options: Options, request: PlanRequest, console: Console) -> int:
     if request.measure:
         measure_machine(console, fresh=True)
     machine = request.machine()
+    resolved = options.resolve()
+    say_notes(resolved, console)
     with working(console, "reading the plan"):
-        choice = find_model(options.resolve())
+        choice = find_model(resolved)
         choice = replace(choice, config=request.without_foreign_limits(choice.config, options))
         index = read_index(choice)
     for note in choice.notes:
@@ -136,9 +139,10 @@ def speed_of(plan: Plan, machine: Machine) -> Speed | None:
 
 def measure_machine(console: Console, *, fresh: bool = False) -> None:
     """Measure what Python and torch take and how fast this machine is, where it was not yet, or `fresh`."""
+    from lyra_emergence.cache_files import cache_path
     from lyra_emergence.framework import framework_costs, measure_framework
     from lyra_emergence.machine import probe_machine
-    from lyra_emergence.speed import rates
+    from lyra_emergence.speed import cached_rates, rates
 
     if fresh or not framework_costs().measured:
         with working(console, "measuring what Python and torch take, once for this machine"):
@@ -146,6 +150,8 @@ def measure_machine(console: Console, *, fresh: bool = False) -> None:
     with working(console, "measuring how fast this machine is"):
         # As planning will name the devices, which it does without torch.
         rates(probe_machine(), fresh=fresh)
+    if not framework_costs().measured or cached_rates(probe_machine()) is None:
+        console.warning(f"{cache_path('')} cannot be written: what was measured is not kept, and not used")
 
 
 def _size(written: str, option: str) -> int:

@@ -12,6 +12,7 @@ from lyra_emergence import cli
 from lyra_emergence.bundled import BUNDLED_ID, BUNDLED_PASSAGE_LENGTH, BUNDLED_PASSAGES
 from lyra_emergence.cli.console import strip_controls
 from lyra_emergence.cli.models import choose_model, describe_download
+from lyra_emergence.cli.options import say_notes
 from lyra_emergence.cli.plan import make_plan_for
 from lyra_emergence.cli.progress import LoadProgress, fetch, working
 
@@ -75,8 +76,7 @@ def prepare(options: Options, console: Console) -> Prepared:
         LyraError: Something is wrong; see its type.
     """
     resolved = options.resolve()
-    for note in resolved.notes:
-        console.note(note)
+    say_notes(resolved, console)
     journal = _open_journal(options, console)
     choice = choose_model(
         resolved,

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import json
 import os
-import secrets
 import stat
 import threading
 import time
@@ -21,6 +20,7 @@ from lyra_emergence.config.checks import check_values
 from lyra_emergence.config.problems import Problems
 from lyra_emergence.config.strict_json import parse_json_object
 from lyra_emergence.errors import LyraError
+from lyra_emergence.whole_files import replace_file
 
 __all__ = ["CONFIG_LOCATIONS", "discover", "read_config_file", "write_config_file", "write_whole"]
 
@@ -185,38 +185,8 @@ def write_whole(path: Path, text: str) -> None:
     """
     target = Path(os.path.realpath(path))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _replace_file(target, text.encode())
+        replace_file(target, text.encode())
     except OSError as exc:
         in_the_way = isinstance(exc, (FileExistsError, NotADirectoryError))
         reason = "a file stands where a folder belongs" if in_the_way else (exc.strerror or str(exc)).lower()
         raise LyraError(f"cannot write {path}: {reason}", hint="choose another path") from exc
-
-
-def _replace_file(target: Path, content: bytes) -> None:
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    # Mode 0o666 lets the umask decide, as for any new file.
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileNotFoundError):
-            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
-        temporary.replace(target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync_folder(target.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name survive a power cut; a system that cannot sync a folder keeps its own guarantees."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -9,7 +9,6 @@ times without progress. A new process keeps the files that are complete and star
 
 from __future__ import annotations
 
-import os
 import queue
 import re
 import shutil
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 from lyra_emergence.bundled import BUNDLED_ID, bundled_directory
+from lyra_emergence.cache_files import replace_whole
 from lyra_emergence.checkpoint import CONFIG_FILE
 from lyra_emergence.checkpoint.json_files import read_object, shown
 from lyra_emergence.errors import CheckpointError, ModelUnavailableError
@@ -268,7 +268,7 @@ def _parse_listing(answer: Any) -> _Listing:
     try:
         sizes = {str(file["rfilename"]): int(file.get("size") or 0) for file in answer["siblings"]}
         return _Listing(str(answer["sha"]), bool(answer.get("gated")), sizes)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError("no listing of a model") from error
 
 
@@ -360,11 +360,5 @@ def _remember(remote: RemoteModel) -> None:
     """Record which commit the reference led to, once all of it is there: an id without a commit then finds it."""
     if remote.reference == remote.revision or not _COMMIT.fullmatch(remote.revision):
         return
-    path = _repository(remote.model_id) / "refs" / remote.reference
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(remote.revision, encoding="ascii")
-        temporary.replace(path)
-    except OSError as error:
-        raise unavailable(remote.model_id, error) from error
+    # Without it the next look-up asks the hub again and finds everything here: no reason to refuse the model.
+    replace_whole(_repository(remote.model_id) / "refs" / remote.reference, remote.revision)
