@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.checkpoint import read_checkpoint
+from lyra_emergence.checkpoint.json_files import DAMAGED
+from lyra_emergence.checkpoint.unchanged import check_blocks, check_files
 from lyra_emergence.errors import CheckpointError, DoesNotFitError, is_out_of_memory, without_frames
 from lyra_emergence.footprint import TORCH_DTYPES
 from lyra_emergence.hub import locate
-from lyra_emergence.load_report import Attempt, LoadEvent, LoadReport
+from lyra_emergence.load_report import TRUST_WARNING, Attempt, LoadEvent, LoadReport
 from lyra_emergence.machine import probe_machine
 from lyra_emergence.plan import hf_device, make_plan
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Attempt", "LoadEvent", "LoadReport", "LoadedModel", "load"]
 
+_MISMATCH = "ignore_mismatched_sizes"
+"""What transformers names where tensors have other shapes than config.json gives them."""
 _MOST_NAMES_SHOWN = 5
 
 
@@ -95,7 +99,7 @@ def load(
 
     Raises:
         ModelUnavailableError: `config.model_id` is neither on this machine nor to be had from the hub.
-        CheckpointError: The checkpoint is malformed, incomplete or has no tokenizer.
+        CheckpointError: The checkpoint is malformed, incomplete, has no tokenizer, or is no longer what was planned.
         DoesNotFitError: It fits nowhere, or memory ran out where the configuration allows no fallback.
         MissingExtraError: Quantization is asked for and bitsandbytes is not installed.
     """
@@ -106,15 +110,22 @@ def load(
     return_freed_memory()
     folder = Path(directory) if directory is not None else locate(config.model_id)
     index = read_checkpoint(folder)
-    plan = plan or make_plan(config, index, probe_machine(with_torch=True))
+    if plan is None:
+        plan = make_plan(config, index, probe_machine(with_torch=True))
+    else:
+        planned = plan.footprint.blocks
+        check_blocks(index, ((b.name, b.kind) for b in planned), {b.name: b.weights for b in planned if b.mapped})
     if plan.footprint.quantization is not None:
         from lyra_emergence.runtime.quantized import require_bitsandbytes
 
         require_bitsandbytes(plan.footprint.quantization)
+    if config.trust_remote_code:
+        tell(LoadEvent("note", TRUST_WARNING))
     architecture = _load_architecture(folder, config)
     tokenizer = _load_tokenizer(folder, config, architecture)
     model = _map_model(index, config, architecture)
     map_seconds = time.perf_counter() - started
+    check_files(index)
     tell(LoadEvent("map", f"{plan.model} is open, {len(index.tensors)} tensors mapped"))
     blocks, residency, attempts = _promote(model, plan, config, tell)
     if config.cpu_kernels:
@@ -182,10 +193,12 @@ def _load_architecture(directory: Path, config: ModelConfig) -> Any:
 def _map_model(index: CheckpointIndex, config: ModelConfig, architecture: Any) -> Any:
     """Open the checkpoint on the CPU in its stored dtype: a map, not a copy."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     stored = {header: name for name, header in TORCH_DTYPES.items()}.get(index.dtype)
     out_of_memory: BaseException | None = None
+    check_files(index)
     with _quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -193,15 +206,18 @@ def _map_model(index: CheckpointIndex, config: ModelConfig, architecture: Any) -
                 config=architecture,
                 dtype=getattr(torch, stored) if stored else "auto",
                 local_files_only=True,
+                # Without it, weights that vanish since their header was read are looked for in pickled files.
+                use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
             )
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+        except (RuntimeError, MemoryError, ValueError, OSError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                out_of_memory = without_frames(error)
+            elif isinstance(error, RuntimeError) and _MISMATCH not in str(error):
                 raise
-            out_of_memory = without_frames(error)
-        except ValueError as error:
-            raise CheckpointError(f"{index.directory}: {error}") from error
+            else:
+                raise CheckpointError(f"{index.directory}: {error}", hint=DAMAGED) from error
     if out_of_memory is not None:
         raise DoesNotFitError(
             f"out of memory while opening '{index.name}': {out_of_memory}",
@@ -231,7 +247,7 @@ def _load_tokenizer(directory: Path, config: ModelConfig, architecture: Any) -> 
 
     try:
         with _quiet_transformers():
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 directory,
                 config=architecture,
                 local_files_only=True,
@@ -242,6 +258,19 @@ def _load_tokenizer(directory: Path, config: ModelConfig, architecture: Any) -> 
             f"{directory}: the tokenizer cannot be loaded: {error}",
             hint="the folder needs the tokenizer's files (tokenizer.json, or the ones its class names)",
         ) from error
+    _drop_word_cache(tokenizer)
+    return tokenizer
+
+
+def _drop_word_cache(tokenizer: Any) -> None:
+    """Turn off the cache of words that the tokenizers library (0.23) never frees, up to megabytes for every load.
+
+    Without it 8,000 tokens take 24 ms to encode where they took 18.
+    """
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    resize = getattr(model, "_resize_cache", None)
+    if resize is not None:
+        resize(0)
 
 
 @contextlib.contextmanager

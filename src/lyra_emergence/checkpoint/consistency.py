@@ -159,6 +159,6 @@ def _head_width(config: Mapping[str, Any]) -> int | None:
     """Return a head's width as config.json states it, else its share of the hidden size where the type has no own."""
     stated = whole_number(config, "head_dim")
     hidden, heads = (whole_number(config, _key(config, size)) for size in ("hidden_size", "num_attention_heads"))
-    if stated or hidden is None or heads is None or config.get("model_type") in _OWN_HEAD_WIDTH:
+    if stated or hidden is None or heads is None or str(config.get("model_type")) in _OWN_HEAD_WIDTH:
         return stated
     return hidden // heads

@@ -83,7 +83,14 @@ def _load_cross_encoder(directory: Path) -> Any:
     drawn = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return CrossEncoder(str(directory), device="cpu", local_files_only=True, trust_remote_code=False)
+        return CrossEncoder(
+            str(directory),
+            device="cpu",
+            local_files_only=True,
+            trust_remote_code=False,
+            # Without it, a folder that has pickled weights alone would have them read.
+            model_kwargs={"use_safetensors": True},
+        )
     finally:
         if drawn:
             logging.enable_progress_bar()

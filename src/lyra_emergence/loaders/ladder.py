@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lyra_emergence.config.devices import AUTOMATIC, budget_bytes
 from lyra_emergence.errors import DoesNotFitError, LyraError, is_out_of_memory, without_frames
-from lyra_emergence.load_report import LoadEvent
+from lyra_emergence.load_report import TRUST_WARNING, LoadEvent
 from lyra_emergence.loaders.call import LoaderCall
 from lyra_emergence.machine import Machine, probe_machine
 from lyra_emergence.plan import hf_device
@@ -48,6 +48,8 @@ def call_with_fallback(
     """
     from lyra_emergence.runtime.memory import give_back
 
+    if config.trust_remote_code:
+        tell(LoadEvent("note", TRUST_WARNING))
     machine = probe_machine(with_torch=True)
     call = LoaderCall.read(loader, args, kwargs)
     for rung, keywords in _rungs(call, config, machine, tell):
