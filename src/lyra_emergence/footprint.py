@@ -234,7 +234,7 @@ def _weights(
 
 def is_known(index: CheckpointIndex) -> bool:
     """Return whether the formulas cover the checkpoint's model type, so that no trial forward is needed."""
-    return index.text_config.get("model_type") in KNOWN_TYPES
+    return str(index.text_config.get("model_type")) in KNOWN_TYPES
 
 
 def _with_workspace(activations: Activations, workspace: int) -> Activations:

@@ -137,7 +137,7 @@ class ModelShape:
             shared_width=shared,
             mlp_copies=_mlp_copies(config, index),
             mlp_inline=config.get("model_type") == "opt",
-            masks=2 if any(windows) or config.get("model_type") in _SECOND_MASK else 1,
+            masks=2 if any(windows) or str(config.get("model_type")) in _SECOND_MASK else 1,
             turned_share=_turned_share(config),
             queries_twice=_turned_share(config) < 1 or not any(".q_proj." in name for name in _first_layer(index)),
             learned_positions=sum(block.kind == "embedding" for block in index.blocks) > 1,

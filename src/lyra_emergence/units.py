@@ -23,6 +23,8 @@ _PERCENT = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)\s*%")
 _BITS = re.compile(r"(?:[kKmMgGtT][iI]?)?b")
 _BARE_PREFIX = re.compile(r"[kKmMgGtT]i?")
 _STEP = 1000
+_MOST_DIGITS = 40
+"""Digits of an amount: with more, it is beyond what floating point can show, and no machine has it."""
 
 
 def parse_bytes(value: str | int) -> int:
@@ -52,6 +54,8 @@ def parse_bytes(value: str | int) -> int:
     factor = _UNITS.get(unit.upper())
     if factor is None:
         raise ValueError(f"{value!r} has an unknown unit; write '6GB' or '6GiB'")
+    if len(number) > _MOST_DIGITS:
+        raise ValueError(f"{value[:_MOST_DIGITS]!r}... is more memory than there is; write '6GB'")
     return int(float(number) * factor) if "." in number else int(number) * factor
 
 
