@@ -33,6 +33,7 @@ __all__ = [
     "MissingExtraError",
     "ModelUnavailableError",
     "is_out_of_memory",
+    "lost_onednn",
     "without_frames",
 ]
 
@@ -56,8 +57,20 @@ _OUT_OF_MEMORY_MESSAGES = (
     "hipblas_status_alloc_failed",
     "cudnn_status_alloc_failed",
     "cusolver_status_alloc_failed",
+    "cufft_alloc_failed",
+    # What torch adds to cuDNN's own text where its kernels find no memory outside the caching allocator.
+    "cuda ran out of memory outside pytorch's allocator",
+    # Triton's drivers for CUDA and HIP. Its "out of resource: shared memory" is about a kernel's shape: no such case.
+    "triton error [cuda]: out of memory",
+    "triton error [hip]: out of memory",
     "std::bad_alloc",
 )
+_NO_PRIMITIVE = "could not create a primitive"
+"""All that oneDNN says, as the whole text, where it cannot get memory for the code of a kernel.
+
+It says so for other reasons too (a system that forbids writable code, a defect), for all of which the remedy is the
+same: `lost_onednn`. A kernel that it does not have is "could not create a primitive descriptor ...", and no such case.
+"""
 _UNABLE_TO_MMAP = "unable to mmap"
 _NO_MEMORY_TO_MMAP = "cannot allocate memory"
 _ALLOCATION_CODE = 2
@@ -167,6 +180,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
+def lost_onednn(error: BaseException) -> bool:
+    """Return whether oneDNN could not make a kernel's code.
+
+    The thread that it happened in cannot make another one for the rest of its life, and attention in half precision
+    then crashes the process (seen with torch 2.15 and a limit of address space): oneDNN must be turned off.
+    """
+    return isinstance(error, RuntimeError) and str(error) == _NO_PRIMITIVE
+
+
 def _has_broken_the_device(error: Exception) -> bool:
     """Return whether a GPU reported an error other than lack of memory: its context is lost, a retry is no remedy."""
     torch = sys.modules.get("torch")
@@ -196,7 +218,7 @@ def _says_out_of_memory(text: str) -> bool:
     text = text.lower()
     if _UNABLE_TO_MMAP in text:
         return _NO_MEMORY_TO_MMAP in text
-    return any(message in text for message in _OUT_OF_MEMORY_MESSAGES)
+    return text == _NO_PRIMITIVE or any(message in text for message in _OUT_OF_MEMORY_MESSAGES)
 
 
 def _prints_out_of_memory(text: str) -> bool:

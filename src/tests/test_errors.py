@@ -81,6 +81,23 @@ OUT_OF_MEMORY = {
     "XPU, host": RuntimeError("Native API returns: 38 (UR_RESULT_ERROR_OUT_OF_HOST_MEMORY)"),
     "XPU, resources": RuntimeError("level_zero backend failed with error: 40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)"),
     "C++": RuntimeError("std::bad_alloc"),
+    "oneDNN": RuntimeError("could not create a primitive"),
+    "cuFFT": RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+    "cuDNN outside of the allocator": RuntimeError(
+        "cuDNN SDPA execution failed with error code CUDNN_STATUS_EXECUTION_FAILED_CUDA_DRIVER: err 2\nCUDA ran out "
+        "of memory outside PyTorch's allocator. If this workload uses many dynamic shapes, cuDNN may need more memory"
+    ),
+    "Triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "Triton, HIP": RuntimeError("Triton Error [HIP]: out of memory"),
+    "allocator, limit of the process": torch.OutOfMemoryError(
+        "CUDA out of memory. Allocation was preemptively rejected because it would exceed per_process_memory_fraction "
+        "limit. Requested size: 2.00 GiB"
+    ),
+    "MPS without a limit": RuntimeError(
+        "MPS backend out of memory (MPS allocated: 17.92 GB, other allocations: 128.00 KB). Tried to allocate 500.00 "
+        "MB on private pool."
+    ),
+    "safetensors": MemoryError("Cannot allocate memory (os error 12)"),
     "mapping a file": RuntimeError("unable to mmap 5559367680 bytes from file </m>: Cannot allocate memory (12)"),
     "the kernel": OSError(errno.ENOMEM, "Cannot allocate memory"),
     "Lyra's own": DoesNotFitError("too large", needed=2, available=1),
@@ -117,6 +134,18 @@ OTHER = {
     "cuDNN not initialized": RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
     "cuDNN execution": RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     "SYCL device": RuntimeError("level_zero backend failed with error: 20 (UR_RESULT_ERROR_DEVICE_LOST)"),
+    "oneDNN lacks a kernel": RuntimeError(
+        "could not create a primitive descriptor for the matmul primitive. Run workload with environment variable "
+        "ONEDNN_VERBOSE=all to get additional diagnostic information."
+    ),
+    "oneDNN memory object": RuntimeError("could not create a memory"),
+    "Triton's shared memory": RuntimeError(
+        "out of resource: shared memory, Required: 262144, Hardware limit: 232448. Reducing block sizes or "
+        "`num_stages` may help."
+    ),
+    "Triton, illegal access": RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    "threads": RuntimeError("can't start new thread"),
+    "safetensors": OSError("header too large: out of memory"),
     "two devices": RuntimeError("Expected all tensors to be on the same device, but found at least two"),
     "shapes": RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x10 and 20x5)"),
     "dtypes": RuntimeError("expected m1 and m2 to have the same dtype, but got: float != c10::BFloat16"),
@@ -356,3 +385,37 @@ def test_out_of_memory_is_judged_without_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_onednn_out_of_memory_as_it_really_looks() -> None:
+    """A kernel whose code finds no memory: the text, and what works afterwards in the same thread."""
+    script = """
+import resource, torch
+from pathlib import Path
+from lyra_emergence.errors import is_out_of_memory, lost_onednn
+from lyra_emergence.runtime.memory import stop_using_onednn
+torch.set_num_threads(1)
+weight = torch.ones(2048, 2048, dtype=torch.bfloat16)
+def run(rows): return torch.nn.functional.linear(torch.ones(rows, 2048, dtype=torch.bfloat16), weight)
+run(64)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(), -1))
+try:
+    run(108)
+except RuntimeError as error:
+    failure = error
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+if lost_onednn(failure):
+    stop_using_onednn()
+assert is_out_of_memory(failure), failure
+assert run(116)[0, 0] == 2048
+query = torch.ones(1, 4, 300, 64, dtype=torch.bfloat16)
+torch.nn.functional.scaled_dot_product_attention(query, query, query)
+print(failure)
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("address space is limited on Linux")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # Machines without kernels for bfloat16 in oneDNN run out in torch's own allocator.
+    assert done.stdout.startswith(("could not create a primitive", "[enforce fail at alloc_cpu.cpp"))

@@ -20,6 +20,7 @@ __all__ = [
     "peak_bytes",
     "reset_peak",
     "return_freed_memory",
+    "stop_using_onednn",
 ]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
@@ -85,6 +86,12 @@ def keep_freed_memory() -> None:
     Fresh pages for them would cost as much time as attention itself.
     """
     _set_allocator(_MOST_MAPPED_FROM, 2 * _MOST_MAPPED_FROM)
+
+
+def stop_using_onednn() -> None:
+    """Compute without oneDNN from now on, in the whole process; prompts take longer on the CPU."""
+    # The setter of torch.backends would warn of a switch for Intel's GPUs.
+    torch._C._set_mkldnn_enabled(False)  # noqa: SLF001
 
 
 def _set_allocator(mapped_from: int, trimmed_from: int) -> None:

@@ -36,7 +36,7 @@ _LONGEST_WAIT = 4096
 """Steps between two tries to bring blocks back, at most."""
 _FIRST_WAIT = 32
 _NAMED_DEVICE = re.compile(r"\b(?:GPU|[Dd]evice) (\d+)\b")
-_IN_MAIN_MEMORY = ("defaultcpuallocator", "bad_alloc", "unable to mmap")
+_IN_MAIN_MEMORY = ("defaultcpuallocator", "bad_alloc", "unable to mmap", "could not create a primitive")
 
 
 class Follower(Protocol):

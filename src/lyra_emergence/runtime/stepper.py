@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from lyra_emergence.errors import DoesNotFitError, is_out_of_memory, without_frames
+from lyra_emergence.errors import DoesNotFitError, is_out_of_memory, lost_onednn, without_frames
 from lyra_emergence.footprint import PREFILL_CHUNK
 from lyra_emergence.load_report import LoadEvent
 from lyra_emergence.runtime.headroom import Headroom
@@ -27,7 +27,7 @@ from lyra_emergence.runtime.kv_cache import (
     offloading_caches,
     onload,
 )
-from lyra_emergence.runtime.memory import give_back, keep_freed_memory, return_freed_memory
+from lyra_emergence.runtime.memory import give_back, keep_freed_memory, return_freed_memory, stop_using_onednn
 from lyra_emergence.runtime.residency import CPU, failing_device
 from lyra_emergence.runtime.stepping import caches_of, feeding_of
 from lyra_emergence.units import format_bytes
@@ -265,6 +265,8 @@ class Stepper:
                 self._drop()
             give_back()
             return_freed_memory()
+            if lost_onednn(failure):
+                stop_using_onednn()
             remedy, moved = self._next_remedy(device)
         if not remedy:
             self._kept = None
