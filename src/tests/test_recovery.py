@@ -279,6 +279,71 @@ def test_other_errors_surface_at_once(
     loaded.close()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [KeyboardInterrupt(), IndexError("index out of range in self"), FileNotFoundError(2, "No such file or directory")],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("layer", [0, 3])
+def test_an_error_in_the_middle_of_a_layer_leaves_the_model_as_it_was(
+    layer: int, error: BaseException, checkpoints: Checkpoints, sim: SimulatedAccelerator
+) -> None:
+    """Half of the layers have taken the token into their caches, and hooks stand between two devices."""
+    loaded = load(ModelConfig(**PLACES["two"]), directory=checkpoints("llama"))
+    at_rest = sim.settled()
+    calls: list[int] = []
+
+    def interrupt(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise error
+
+    handle = loaded.model.get_submodule(f"model.layers.{layer}.mlp").register_forward_pre_hook(interrupt)
+    text: list[int] = []
+
+    def draw() -> None:
+        for chunk in stream_generate(loaded, PROMPT, OPTIONS):
+            text.extend(chunk.token_ids)
+
+    with pytest.raises(type(error)) as caught:
+        draw()
+    assert caught.value is error
+    assert len(calls) == 5
+    assert text == reference(checkpoints("llama"))[:4]
+    del caught
+    error.__traceback__ = None
+    handle.remove()
+    assert sim.settled(at_rest) == at_rest
+    assert greedy(loaded) == reference(checkpoints("llama"))
+    assert loaded.residency.away == ()
+    loaded.close()
+    assert sim.settled() == (0, 0)
+
+
+def test_kernels_that_find_no_memory_for_their_code_are_done_without(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """test_errors.py has the real error; what is tested here is that oneDNN is off before the next try."""
+    loaded = load(ModelConfig(device_map="cpu"), directory=checkpoints("llama"))
+    real, seen = loaded.model.forward, []
+
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        seen.append(torch._C._get_mkldnn_enabled())
+        if len(seen) == 3:
+            raise RuntimeError("could not create a primitive")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loaded.model, "forward", refusing)
+    try:
+        tokens, stats = tokens_of(loaded)
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    assert tokens == reference(checkpoints("llama"))
+    assert seen[:4] == [True, True, True, False]
+    assert [recovery.device for recovery in stats.recoveries] == ["cpu"]
+    loaded.close()
+
+
 def test_main_memory_that_is_refused_is_asked_for_again_and_then_told(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,10 @@ class Handover:
         self._handles.clear()
         self._moved.clear()
 
+    def forget(self) -> None:
+        """Drop the copies that were handed over in the last forward, as its end does."""
+        self._moved.clear()
+
     def _attach(self, module: nn.Module, name: str, back: str | None) -> None:
         device = torch.device(name)
 

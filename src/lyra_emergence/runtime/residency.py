@@ -329,6 +329,10 @@ class Residency:
             # Tells transformers and LangChain that the model is placed, and must not be moved as a whole.
             self._model.hf_device_map = device_map
 
+    def end_step(self) -> None:
+        """Drop what was handed over in a step; a Ctrl-C in its middle keeps torch from telling that it ended."""
+        self._handover.forget()
+
     def close(self) -> None:
         """Drop every copy on every device, and the hooks."""
         self._handover.disconnect()

@@ -182,6 +182,7 @@ class Stepper:
             if self._kept is not None and self._caches and not self._offloaded and cut_back(self._caches, self._held):
                 self._kept.keep(self._seen[: self._held], self._caches)
             self._drop()
+            self._loaded.residency.end_step()
         return_freed_memory()
 
     def surviving(self, action: Callable[[], T]) -> T:

@@ -221,6 +221,9 @@ def _compile(compiler: str, path: Path) -> None:
         target = Path(folder) / path.name
         command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(target)]
         _run(command)
+        # A library that a power cut left half written would be mapped, and end the process where it ends.
+        with target.open("rb") as file:
+            os.fsync(file.fileno())
         target.replace(path)
 
 
