@@ -337,7 +337,7 @@ def test_quantized_on_the_cpu_as_transformers_does(bits: str, family: str, check
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     directory = checkpoints(family)
-    loaded = load(ModelConfig(device_map="cpu", **{f"load_in_{bits}": True}), directory=directory)
+    loaded = load(ModelConfig(device_map="cpu", cpu_kernels=False, **{f"load_in_{bits}": True}), directory=directory)
     quantization = BitsAndBytesConfig(
         **{f"load_in_{bits}": True}, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )

@@ -335,6 +335,41 @@ def plan_command(
     return run_plan(options, request, Console(verbose=verbose))
 
 
+@app.command("bench", cls=_Command)
+def bench_command(
+    *,
+    target: Annotated[str | None, typer.Argument(metavar="MODEL_OR_PATH")] = None,
+    model: Annotated[str | None, typer.Option("--model", hidden=True)] = None,
+    model_config: ModelConfigOption = None,
+    max_memory: MaxMemoryOption = None,
+    context: ContextOption = None,
+    prompt: Annotated[int, typer.Option("--prompt", metavar="N", min=1, help="tokens of the prompt")] = 512,
+    new: Annotated[int, typer.Option("--new", metavar="N", min=2, help="tokens after it")] = 32,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="rounds that count")] = 3,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="NAME", help="what to compute in: bfloat16, float16, float32")
+    ] = None,
+    load_in_8bit: Annotated[bool, typer.Option("--8bit", help="layers packed to 8 bits")] = False,
+    load_in_4bit: Annotated[bool, typer.Option("--4bit", help="layers packed to 4 bits")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="the figures as JSON")] = False,
+    verbose: VerboseOption = False,
+) -> int:
+    """Measure a model's speed and memory here."""
+    from lyra_emergence.cli.bench import run_bench
+
+    options = Options(
+        model=target or model,
+        model_config=model_config,
+        max_memory=tuple(max_memory or ()),
+        context=context,
+        json=as_json,
+        dtype=dtype,
+        load_in_8bit=load_in_8bit,
+        load_in_4bit=load_in_4bit,
+    )
+    return run_bench(options, prompt, new, rounds, Console(verbose=verbose))
+
+
 @app.command("doctor", cls=_Command)
 def doctor_command(
     *,

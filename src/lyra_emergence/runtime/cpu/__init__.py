@@ -10,14 +10,15 @@ from lyra_emergence.load_report import LoadEvent
 from lyra_emergence.runtime.cpu.choice import Choice
 from lyra_emergence.runtime.cpu.decoder import agrees, fuse, is_known
 from lyra_emergence.runtime.cpu.library import find_library, is_compiled
-from lyra_emergence.runtime.cpu.linear import KINDS, quicken
+from lyra_emergence.runtime.cpu.linear import KINDS, is_quick, quicken
+from lyra_emergence.runtime.cpu.packed import PackedProjection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lyra_emergence.runtime.blocks import PlacedBlock
 
-__all__ = ["speed_up"]
+__all__ = ["is_sped_up", "speed_up"]
 
 _LEAST_MEASURED = 2**20
 """Bytes of a weight that are worth a measurement: smaller ones stay in the CPU's caches."""
@@ -43,6 +44,11 @@ def speed_up(model: Any, blocks: Sequence[PlacedBlock], tell: Callable[[LoadEven
     if layers and agrees(model, layers[0], library):
         for layer in layers:
             fuse(layer, library)
+
+
+def is_sped_up(model: Any) -> bool:
+    """Return whether a part of `model` uses the compiled kernels on the CPU."""
+    return any(isinstance(module, PackedProjection) or is_quick(module) for module in model.modules())
 
 
 def _is_all_faster(module: nn.Module, choice: Choice) -> bool:

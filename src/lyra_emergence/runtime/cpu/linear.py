@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lyra_emergence.runtime.cpu.library import Library
 
-__all__ = ["KINDS", "matrix_of", "quicken"]
+__all__ = ["KINDS", "is_quick", "matrix_of", "quicken"]
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What kernels.cpp calls the dtypes."""
@@ -48,6 +48,11 @@ def quicken(linear: nn.Linear, library: Library, few: Callable[[torch.Tensor, in
         few: Whether they are the faster choice for a weight and a number of tokens.
     """
     linear.forward = _Forward(linear, library, few)  # type: ignore[method-assign,assignment]
+
+
+def is_quick(module: nn.Module) -> bool:
+    """Return whether `quicken` was called for `module`."""
+    return isinstance(module.forward, _Forward)
 
 
 class _Forward:
