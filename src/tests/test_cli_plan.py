@@ -315,6 +315,33 @@ def test_speed_is_shown_where_the_machine_was_measured(
     assert "speed" not in capsys.readouterr().out
 
 
+def test_measurements_that_cannot_be_kept_are_told_as_lost(
+    checkpoints: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    """Measuring itself takes half a minute, and is tested above and in test_check.py."""
+    (home / "a file").touch()
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "a file"))
+    monkeypatch.setattr("lyra_emergence.framework.measure_framework", lambda: None)
+    monkeypatch.setattr("lyra_emergence.speed.rates", lambda *_, **__: None)
+    assert main(["plan", "--model", str(checkpoints("mixtral")), "--measure"]) == 0
+    cache = home / "a file" / "lyra-emergence"
+    told = f"warning: {cache} cannot be written: what was measured is not kept, and not used\n"
+    assert told in capsys.readouterr().err
+
+
+def test_that_code_of_strangers_may_run_is_said(
+    checkpoints: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    monkeypatch.chdir(home)
+    command = ["plan", "--model", str(checkpoints("llama"))]
+    assert main(command) == 0
+    assert "trust_remote_code" not in capsys.readouterr().err
+    monkeypatch.setenv("LYRA_TRUST_REMOTE_CODE", "true")
+    assert main(command) == 0
+    assert capsys.readouterr().err.startswith("warning: 'trust_remote_code' is true: Python code that comes with a ")
+
+
 def test_of_a_mixture_a_token_reads_the_experts_it_chooses(checkpoints: Callable[[str], Path]) -> None:
     from lyra_emergence.footprint import estimate_footprint
 
