@@ -116,7 +116,7 @@ class DoesNotFitError(LyraError, MemoryError):
     """The model does not fit the memory it may use.
 
     Attributes:
-        needed: Bytes that the placement needs.
+        needed: Bytes that the placement needs; 0 where memory ran out before that was known.
         available: Bytes that it may use.
         device: The device that falls short, such as "cuda:0" or "cpu"; empty where all do together.
     """

@@ -29,15 +29,25 @@ class LoadEvent:
     Attributes:
         kind: "download" (a file comes from the hub), "map" (the checkpoint is open), "promote" (a block was copied),
             "compile" (kernels are made for this CPU, once), "rung-failed" (memory ran out), "rung-passed" (a rung
-            cannot fit), "demote" (copies were dropped), "recover" (memory ran out in use, and work goes on), "note" (a
-            warning of the plan) or "ready".
+            cannot fit), "demote" (copies were dropped), "recover" (memory ran out in use, and work goes on), "retry"
+            (memory ran out before a rung, and loading begins anew), "note" (a warning of the plan) or "ready".
         message: The step in a sentence, for a person.
         done: Bytes promoted, or of the file downloaded, so far.
         total: Bytes that the present rung promotes, or that the file has.
     """
 
     kind: Literal[
-        "download", "map", "promote", "compile", "rung-failed", "rung-passed", "demote", "recover", "note", "ready"
+        "download",
+        "map",
+        "promote",
+        "compile",
+        "rung-failed",
+        "rung-passed",
+        "demote",
+        "recover",
+        "retry",
+        "note",
+        "ready",
     ]
     message: str
     done: int = 0

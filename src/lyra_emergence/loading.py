@@ -6,7 +6,6 @@ transformers' own `from_pretrained` on the CPU in their stored dtype, which cost
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from lyra_emergence.machine import probe_machine
 from lyra_emergence.plan import hf_device, make_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from lyra_emergence.checkpoint import CheckpointIndex
     from lyra_emergence.config import ModelConfig
@@ -37,6 +36,11 @@ __all__ = ["Attempt", "LoadEvent", "LoadReport", "LoadedModel", "load"]
 _MISMATCH = "ignore_mismatched_sizes"
 """What transformers names where tensors have other shapes than config.json gives them."""
 _MOST_NAMES_SHOWN = 5
+_TOKENIZER_BYTES = 16
+"""Bytes that a byte of tokenizer.json takes while it is read: 14.6 measured with 128,000 tokens. The library that reads
+it ends the process where it is refused memory."""
+_TRIES = 2
+"""Times that loading is begun: what another program took for a moment may be free again."""
 
 
 @dataclass(slots=True)
@@ -103,11 +107,35 @@ def load(
         DoesNotFitError: It fits nowhere, or memory ran out where the configuration allows no fallback.
         MissingExtraError: Quantization is asked for and bitsandbytes is not installed.
     """
-    started = time.perf_counter()
     tell = on_event or (lambda _: None)
-    from lyra_emergence.runtime.memory import return_freed_memory
+    from lyra_emergence.runtime.memory import free_bytes, give_back, return_freed_memory
 
-    return_freed_memory()
+    for left in reversed(range(_TRIES)):
+        return_freed_memory()
+        try:
+            return _load(config, directory, plan, tell)
+        except DoesNotFitError:
+            raise
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = without_frames(error)
+        give_back()
+        if left:
+            tell(LoadEvent("retry", f"memory ran out while loading, and is asked for again: {_first_line(failure)}"))
+    raise DoesNotFitError(
+        f"out of memory while opening '{directory or config.model_id}': {_first_line(failure)}",
+        needed=0,
+        available=free_bytes("cpu"),
+        device="cpu",
+        hint="close what else uses the memory, or take a smaller model",
+    ) from failure
+
+
+def _load(
+    config: ModelConfig, directory: str | Path | None, plan: Plan | None, tell: Callable[[LoadEvent], None]
+) -> LoadedModel:
+    started = time.perf_counter()
     folder = Path(directory) if directory is not None else locate(config.model_id)
     index = read_checkpoint(folder)
     if plan is None:
@@ -129,9 +157,7 @@ def load(
     tell(LoadEvent("map", f"{plan.model} is open, {len(index.tensors)} tensors mapped"))
     blocks, residency, attempts = _promote(model, plan, config, tell)
     if config.cpu_kernels:
-        from lyra_emergence.runtime.cpu import speed_up
-
-        speed_up(model, blocks, tell)
+        _speed_up(model, blocks, tell)
     device_map = {block.name: hf_device(block.device) for block in blocks if block.name}
     report = LoadReport(
         attempts=attempts,
@@ -143,6 +169,10 @@ def load(
     )
     tell(LoadEvent("ready", f"ready on rung '{report.rung}' in {report.seconds:.1f} s"))
     return LoadedModel(model, tokenizer, config, plan, report, blocks, residency, tell)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _promote(
@@ -158,6 +188,17 @@ def _promote(
     ladder.descend()
     model.config.dtype = blocks_dtype(plan)
     return blocks, Residency(model, plan, blocks, Handover(model)), tuple(ladder.attempts)
+
+
+def _speed_up(model: Any, blocks: tuple[PlacedBlock, ...], tell: Callable[[LoadEvent], None]) -> None:
+    from lyra_emergence.runtime.cpu import speed_up
+
+    try:
+        speed_up(model, blocks, tell)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        # Measuring takes more than running; what has no kernels by now runs as torch has it.
 
 
 def blocks_dtype(plan: Plan) -> Any:
@@ -196,10 +237,11 @@ def _map_model(index: CheckpointIndex, config: ModelConfig, architecture: Any) -
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from lyra_emergence.runtime.library_settings import settings_for_loading
+
     stored = {header: name for name, header in TORCH_DTYPES.items()}.get(index.dtype)
-    out_of_memory: BaseException | None = None
     check_files(index)
-    with _quiet_transformers():
+    with settings_for_loading():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 index.directory,
@@ -212,20 +254,9 @@ def _map_model(index: CheckpointIndex, config: ModelConfig, architecture: Any) -
                 output_loading_info=True,
             )
         except (RuntimeError, MemoryError, ValueError, OSError, SafetensorError) as error:
-            if is_out_of_memory(error):
-                out_of_memory = without_frames(error)
-            elif isinstance(error, RuntimeError) and _MISMATCH not in str(error):
+            if is_out_of_memory(error) or (isinstance(error, RuntimeError) and _MISMATCH not in str(error)):
                 raise
-            else:
-                raise CheckpointError(f"{index.directory}: {error}", hint=DAMAGED) from error
-    if out_of_memory is not None:
-        raise DoesNotFitError(
-            f"out of memory while opening '{index.name}': {out_of_memory}",
-            needed=index.nbytes,
-            available=probe_machine().cpu.free_bytes,
-            device="cpu",
-            hint="close what else uses the memory, or take a smaller model",
-        ) from out_of_memory
+            raise CheckpointError(f"{index.directory}: {error}", hint=DAMAGED) from error
     _check_complete(index, info)
     model.requires_grad_(requires_grad=False)
     return model.eval()
@@ -245,8 +276,13 @@ def _check_complete(index: CheckpointIndex, info: dict[str, Any]) -> None:
 def _load_tokenizer(directory: Path, config: ModelConfig, architecture: Any) -> Any:
     from transformers import AutoTokenizer
 
+    from lyra_emergence.runtime.library_settings import settings_for_loading
+    from lyra_emergence.runtime.memory import prove_room
+
+    file = directory / "tokenizer.json"
+    prove_room(_TOKENIZER_BYTES * (file.stat().st_size if file.is_file() else 0))
     try:
-        with _quiet_transformers():
+        with settings_for_loading():
             tokenizer = AutoTokenizer.from_pretrained(
                 directory,
                 config=architecture,
@@ -271,19 +307,3 @@ def _drop_word_cache(tokenizer: Any) -> None:
     resize = getattr(model, "_resize_cache", None)
     if resize is not None:
         resize(0)
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and advice off the terminal: the caller shows its own progress."""
-    from transformers.utils import logging as hf_logging
-
-    bars, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()

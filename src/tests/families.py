@@ -77,12 +77,18 @@ _CHAT_TEMPLATE = (
 
 
 def build_checkpoint(
-    family: str, directory: Path, dtype: torch.dtype = torch.float32, *, max_shard_size: str = "50GB"
+    family: str,
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    max_shard_size: str = "50GB",
+    sizes: dict[str, int] | None = None,
 ) -> Path:
     """Writes a tiny checkpoint of `family` (a key of FAMILIES) to `directory` and returns it.
 
     On one machine the same family always gives the same weights, whatever the state of torch's random numbers;
     another dtype gives those weights rounded. `max_shard_size`, such as "100KB", splits them over several files.
+    `sizes` take the place of the family's own, such as `{"hidden_size": 256}`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -90,11 +96,15 @@ def build_checkpoint(
     model_type, settings = FAMILIES[family]
     config = AutoConfig.for_model(
         model_type,
-        vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **{"tie_word_embeddings": model_type in _TIED, **settings},
+        **{
+            "vocab_size": len(tokenizer),
+            "tie_word_embeddings": model_type in _TIED,
+            **settings,
+            **(sizes or {}),
+        },
     )
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -21,14 +21,14 @@ NEW_TOKENS = 12
 
 
 @cache
-def reference(directory: Path, new_tokens: int = NEW_TOKENS) -> list[int]:
+def reference(directory: Path, new_tokens: int = NEW_TOKENS, prompt: tuple[int, ...] = PROMPT) -> list[int]:
     """The greedy tokens of plain transformers on the CPU."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
-    ids = torch.tensor([PROMPT])
+    ids = torch.tensor([prompt])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
-    return out[0, len(PROMPT) :].tolist()
+    return out[0, len(prompt) :].tolist()
 
 
 def greedy(loaded: LoadedModel, new_tokens: int = NEW_TOKENS) -> list[int]:

@@ -85,10 +85,13 @@ class TokenEmbedder:
         from tokenizers import Tokenizer
         from transformers import AutoConfig, AutoModel
 
+        from lyra_emergence.runtime.library_settings import settings_for_loading
+
         # From the config and not from_pretrained, which draws a progress bar on stderr. AutoConfig runs no code from
         # the folder unless told to trust it, and the tokenizers library reads data only.
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        self._model: Any = AutoModel.from_config(config, trust_remote_code=False).eval()
+        with settings_for_loading():
+            self._model: Any = AutoModel.from_config(config, trust_remote_code=False).eval()
         _check_keys(self._model.load_state_dict(load_file(directory / _WEIGHTS), strict=False))
         self._tokenizer = Tokenizer.from_file(str(directory / _TOKENIZER))
         limit = min(_MAX_TOKENS, int(getattr(config, "max_position_embeddings", _MAX_TOKENS)))

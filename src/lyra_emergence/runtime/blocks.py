@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,7 +18,9 @@ from torch import nn
 
 from lyra_emergence.errors import CheckpointError
 from lyra_emergence.main_memory import require
+from lyra_emergence.runtime.passing import Passing
 from lyra_emergence.runtime.quantized import quantized_module, replaces
+from lyra_emergence.runtime.side_by_side import side_by_side
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -64,8 +65,7 @@ class _Copies:
         alive = {key: copy for key in wanted if (copy := self._alive.get((key, device))) is not None}
         missing = [home for key, home in wanted.items() if key not in alive]
         # Pages of the map fault in while others are copied: one thread waits for them, several do not.
-        with ThreadPoolExecutor(COPY_THREADS) as pool:
-            made = list(pool.map(partial(self._copy, device=device), missing))
+        made = side_by_side(partial(self._copy, device=device), missing, COPY_THREADS)
         for home, copy in zip(missing, made, strict=True):
             alive[id(home)] = self._alive[id(home), device] = copy
         return [alive.get(id(home), home) for home in homes]
@@ -134,6 +134,7 @@ class PlacedBlock:
         packed = {id(parameter) for p in self._projections for parameter in p.home.parameters()}
         self._slots = tuple(slot for slot in slots if id(slot.home) not in packed)
         self._at_home = True
+        self._passing: Passing | None = None
 
     @property
     def mapped(self) -> bool:
@@ -160,6 +161,31 @@ class PlacedBlock:
             return 0
         if device == self.device and not self._at_home:
             return 0
+        copied = self._take(device)
+        self._end_passing()
+        return copied
+
+    @property
+    def passing(self) -> bool:
+        """Whether it holds copies only while it runs."""
+        return self._passing is not None
+
+    def pass_copies(self) -> bool:
+        """Run on the CPU from now on, and hold the copies that this takes only while the module runs.
+
+        `move_to` ends that, once the copies are made.
+
+        Returns:
+            Whether that can be done and was not so before: not without a module of its own, nor with packed weights,
+            nor where the map is what runs.
+        """
+        if self.module is None or self._passing is not None or self._projections or self._cpu_form_is_home():
+            return False
+        self._go_home()
+        self._passing = Passing(self.module, lambda: self._take("cpu"), self._go_home)
+        return True
+
+    def _take(self, device: str) -> int:
         copies = self._copies.get([slot.home for slot in self._slots], device)
         tensors = list(zip(self._slots, copies, strict=True))
         modules = [(p, quantized_module(p.home, self._form, device)) for p in self._projections]
@@ -174,7 +200,13 @@ class PlacedBlock:
 
     def release(self) -> None:
         """Point back at the checkpoint's map in its stored form, dropping every copy."""
+        self._end_passing()
         self._go_home()
+
+    def _end_passing(self) -> None:
+        if self._passing is not None:
+            self._passing.end()
+            self._passing = None
 
     def _go_home(self) -> None:
         for slot in self._slots:

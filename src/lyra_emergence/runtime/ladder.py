@@ -18,6 +18,7 @@ from lyra_emergence.errors import DoesNotFitError, is_out_of_memory, without_fra
 from lyra_emergence.load_report import Attempt, LoadEvent
 from lyra_emergence.runtime.blocks import REST
 from lyra_emergence.runtime.memory import allocated_bytes, free_bytes, give_back
+from lyra_emergence.runtime.residency import CPU, failing_device
 from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from lyra_emergence.runtime.blocks import PlacedBlock
 
 __all__ = ["Ladder"]
-
-CPU = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +71,9 @@ class Ladder:
                     self._pass_over(rung, rung.reason)
                     continue
                 failure = self._attempt(rung, placements)
+                if failure is not None and failure.device == CPU and failure.cause is not None:
+                    # Other rungs ask main memory for the same and more; what it lacked may be back by now.
+                    failure = self._attempt(rung, placements)
                 if failure is None:
                     loaded = True
                     return
@@ -163,6 +165,8 @@ class Ladder:
         give_back()
         at = f" at {where}" if where else " for the KV cache and activations"
         reason = (str(stopped) or type(stopped).__name__).splitlines()[0]
+        if failing_device(stopped, self._accelerators) == CPU:
+            device = CPU  # a conversion before the copy
         return copied, _Failure(reason, at, where, device, self._bytes_short(where, device, placements), stopped)
 
     def _moves(self, placements: Sequence[Placement]) -> Iterator[tuple[str, str]]:

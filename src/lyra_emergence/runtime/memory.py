@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lyra_emergence.errors import is_out_of_memory
 from lyra_emergence.machine import probe_machine
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "give_back",
     "keep_freed_memory",
     "peak_bytes",
+    "prove_room",
     "reset_peak",
     "return_freed_memory",
     "stop_using_onednn",
@@ -55,9 +57,28 @@ def _module(device: str) -> tuple[Any, int | None]:
 
 
 def free_bytes(device: str) -> int:
-    """Return the bytes that can be allocated on a device now; 0 for a device that is not there."""
-    found = probe_machine(with_torch=True).find(device)
+    """Return the bytes that can be allocated on a device now; 0 for a device that is not there.
+
+    Where there is no memory left to look with, it is 0 too.
+    """
+    try:
+        found = probe_machine(with_torch=True).find(device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return 0
     return found.free_bytes if found is not None else 0
+
+
+def prove_room(nbytes: int) -> None:
+    """Ask main memory for `nbytes`, and let them go again.
+
+    For what comes next in code that ends the process where it is refused memory: better an error before it.
+
+    Raises:
+        RuntimeError: They are not to be had.
+    """
+    torch.empty(nbytes, dtype=torch.uint8)
 
 
 def give_back() -> None:

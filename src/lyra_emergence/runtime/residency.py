@@ -15,7 +15,7 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lyra_emergence.errors import is_out_of_memory
+from lyra_emergence.errors import is_out_of_memory, without_frames
 from lyra_emergence.plan import hf_device
 from lyra_emergence.runtime.blocks import REST
 from lyra_emergence.runtime.memory import free_bytes, give_back
@@ -197,7 +197,7 @@ class Residency:
             leaving.append(name)
             short -= self._bytes_on(name, device)
         for name in leaving:
-            self._blocks[name].move_to(CPU)
+            self._move_to_cpu(self._blocks[name])
             self._away.append(_Moved(name, device))
             self._move_caches(name, CPU)
         if leaving:
@@ -205,6 +205,52 @@ class Residency:
             give_back()
             self._fell_short()
         return tuple(leaving)
+
+    def _move_to_cpu(self, block: PlacedBlock) -> None:
+        """Move a block; where main memory has no room for its copies, let it hold them only while it runs.
+
+        Raises:
+            RuntimeError: There is no room, and it cannot run that way.
+        """
+        failure: BaseException | None = None
+        try:
+            block.move_to(CPU)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = without_frames(error)
+        if failure is not None and not self._pass_copies_of(block):
+            raise failure
+
+    def pass_copies(self) -> bool:
+        """Let blocks on the CPU hold copies of converted weights only while they run.
+
+        Returns:
+            Whether that dropped any.
+        """
+        here = [block for block in self._blocks.values() if block.device == CPU]
+        passed = [self._pass_copies_of(block) for block in here]
+        self._fell_short()
+        return any(passed)
+
+    def _pass_copies_of(self, block: PlacedBlock) -> bool:
+        # What else is called by its module alone? Lookups may be read without a call, and the rest has no module.
+        kind = self._placements[block.name].kind if block.name in self._placements else ""
+        return kind in ("layer", "experts", "head") and block.pass_copies()
+
+    def _hold_copies(self) -> None:
+        """Make copies on the CPU that are held for good again, where main memory has room for all of them."""
+        passing = [name for name, block in self._blocks.items() if block.passing]
+        weights = sum(self._placements[name].weights for name in passing)
+        if not passing or weights + self.wanted_main_memory() > free_bytes(CPU):
+            return
+        self._climbed = True
+        try:
+            for name in passing:
+                self._blocks[name].move_to(CPU)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
 
     def offload_caches(self, device: str) -> bool:
         """Keep the caches of the layers on `device` in main memory from now on, for every running generator.
@@ -267,6 +313,7 @@ class Residency:
             self._connect()
         if not self._away:
             self._onload_caches()
+        self._hold_copies()
         return tuple(back)
 
     def _onload_caches(self) -> None:
@@ -283,7 +330,7 @@ class Residency:
 
     def rest_then_climb(self) -> tuple[str, ...]:
         """Count a step, and climb where enough of them went by since the last try or the last time memory ran out."""
-        if not self._away and not self._offloaded:
+        if not self._away and not self._offloaded and not any(block.passing for block in self._blocks.values()):
             return ()
         self._steps += 1
         if self._steps < self._wait:
@@ -310,7 +357,7 @@ class Residency:
                 raise
             stopped = True
         if stopped:
-            self._blocks[moved.name].move_to(CPU)
+            self._move_to_cpu(self._blocks[moved.name])
             self._move_caches(moved.name, CPU)
             give_back()
         return not stopped

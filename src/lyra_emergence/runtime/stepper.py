@@ -117,7 +117,14 @@ class Stepper:
                 loaded.residency.add(kept)
 
     def make_room(self) -> None:
-        """Bring blocks back where memory is free again, or send blocks away where the tokens to come want more."""
+        """Bring blocks back where memory is free again, or send blocks away where the tokens to come want more.
+
+        Raises:
+            DoesNotFitError: As `prefill`.
+        """
+        self.surviving(self._make_room)
+
+    def _make_room(self) -> None:
         with self._loaded.step_lock:
             back = self._loaded.residency.climb()
             if back:
@@ -201,7 +208,18 @@ class Stepper:
             else:
                 self._failures = 0
                 return result
-            self._recover(failure)
+            stopped = False
+            try:
+                self._recover(failure)
+            except DoesNotFitError:
+                raise
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                stopped = True  # there is not even enough to recover with
+            if stopped:
+                self.close()
+                raise self._refusal(CPU, _reason(failure)) from failure
 
     def _advance(self, ids: Sequence[int]) -> torch.Tensor:
         self._seen += ids
@@ -233,9 +251,17 @@ class Stepper:
             output = self._loaded.model(input_ids=inputs, use_cache=True, **caches, **self._last_only)
             row: torch.Tensor = output.logits[:, -1].float()  # (batch, vocab)
             if not self._held:
-                give_room(caches_of(output), self._loaded.residency.layers_on(CPU), self._most_tokens)
+                self._give_room(caches_of(output))
             self._caches, self._held = caches_of(output), end
             return row
+
+    def _give_room(self, caches: dict[str, Any]) -> None:
+        """Let caches on the CPU grow in place, where main memory has the room at once; else they grow by copies."""
+        try:
+            give_room(caches, self._loaded.residency.layers_on(CPU), self._most_tokens)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
 
     def _fresh_caches(self) -> dict[str, Any]:
         """Return caches to begin with; {} where the model makes its own."""
@@ -257,13 +283,12 @@ class Stepper:
         Raises:
             DoesNotFitError: Nothing is left to be done.
         """
-        reason = (str(failure) or type(failure).__name__).splitlines()[0]
+        reason = _reason(failure)
         self._failures += 1
         with self._loaded.step_lock:
             residency = self._loaded.residency
             device = failing_device(failure, residency.accelerators)
-            if not cut_back(self._caches, self._held):
-                self._drop()
+            self._cut_back()
             give_back()
             return_freed_memory()
             if lost_onednn(failure):
@@ -277,6 +302,17 @@ class Stepper:
         self.recoveries.append(recovery)
         self._loaded.tell(LoadEvent("recover", str(recovery)))
 
+    def _cut_back(self) -> None:
+        """Bring the caches back to what they held before the step, or drop them."""
+        done = False
+        try:
+            done = cut_back(self._caches, self._held)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        if not done:
+            self._drop()
+
     def _next_remedy(self, device: str) -> tuple[str, tuple[str, ...]]:
         """Take the next remedy; return it in words, with the blocks that it moved, or "" where none is left."""
         if self._failures == 1:
@@ -286,7 +322,8 @@ class Stepper:
             self._chunk = max(_SHORTEST_CHUNK, waiting // _CHUNK_STEP)
             return f"the prompt goes on in chunks of {self._chunk} tokens", ()
         if device == CPU:
-            return "", ()
+            passed = self._loaded.residency.pass_copies()
+            return ("weights are converted anew each time they run" if passed else ""), ()
         try:
             return self._less_on(device)
         except Exception as error:
@@ -382,6 +419,10 @@ class Stepper:
             if not is_out_of_memory(error):
                 raise
             self._drop()
+
+
+def _reason(failure: BaseException) -> str:
+    return (str(failure) or type(failure).__name__).splitlines()[0]
 
 
 def _blocks(names: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lyra_emergence.activations import Activations
+from lyra_emergence.runtime.library_settings import settings_for_loading
 from lyra_emergence.runtime.stepping import Feeding, caches_of, feeding_of
 from lyra_emergence.trial import Trial
 
@@ -136,7 +137,7 @@ def _build(index: CheckpointIndex, dtype: torch.dtype, *, trust_remote_code: boo
         raise UntriedError("its code comes with the checkpoint, and 'trust_remote_code' is false")
     try:
         config = _configuration(index, AutoConfig, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
+        with settings_for_loading(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a foreign config.json makes transformers raise, planning goes on
         raise UntriedError(f"transformers does not build it: {_first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Compiles the device once per version of its sources, of torch and of the compiler, and keeps the result.
+"""Compiles a library once per version of its sources, of torch and of the compiler, and keeps the result.
 
 No header of Python or pybind11 is used: the library is driven through ctypes, so that it needs a C++ compiler and
 torch's own headers and nothing else, and serves every Python version.
@@ -36,50 +36,55 @@ def find_compiler() -> str:
         path = name and shutil.which(name)
         if path:
             return path
-    message = "the simulated accelerator needs a C++ compiler (c++, g++ or clang++, or the one that CXX names)"
+    message = "the tests' library needs a C++ compiler (c++, g++ or clang++, or the one that CXX names)"
     raise CompilerMissingError(message)
 
 
-def compile_library(directory: Path) -> Path:
-    """Returns the library in `directory`, compiled first where it is not there yet.
+def compile_library(
+    directory: Path, sources: Path | None = None, name: str = "libsim.so", *, uses_torch: bool = True
+) -> Path:
+    """Returns the library of all `sources` (the device's by default) in `directory`, compiled where it is missing.
 
     Two processes may ask at once: one compiles and the other waits for it.
     """
-    compiler = find_compiler()
-    library = directory / _key(compiler) / "libsim.so"
+    compiler, sources = find_compiler(), sources or SOURCES
+    library = directory / _key(compiler, sources) / name
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(library.with_suffix(".lock"), timeout=600):
             if not library.exists():
-                _compile(compiler, library)
+                _compile(compiler, sources, library, uses_torch=uses_torch)
     return library
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: str, sources: Path) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(version)
     for part in (torch.__version__, platform.machine(), *FLAGS):
         digest.update(part.encode())
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted(sources.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: str, sources: Path, library: Path, *, uses_torch: bool) -> None:
     root = Path(torch.__file__).parent
-    includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    headers = [
+        f"-I{root / 'include'}",
+        f"-I{root / 'include/torch/csrc/api/include'}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    ]
+    linked = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
 
     def compile_one(source: Path) -> str:
         target = library.with_name(f"{source.stem}.o")
-        _run([compiler, *FLAGS, abi, *includes, "-c", str(source), "-o", str(target)])
+        _run([compiler, *FLAGS, *(headers if uses_torch else []), "-c", str(source), "-o", str(target)])
         return str(target)
 
     with ThreadPoolExecutor(PARALLEL_JOBS) as pool:
-        objects = list(pool.map(compile_one, sorted(SOURCES.glob("*.cpp"))))
+        objects = list(pool.map(compile_one, sorted(sources.glob("*.cpp"))))
     unfinished = library.with_suffix(".unfinished")
-    libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    _run([compiler, "-shared", *objects, *libraries, "-o", str(unfinished)])
+    _run([compiler, "-shared", *objects, *(linked if uses_torch else []), "-o", str(unfinished)])
     unfinished.replace(library)
     for object_file in objects:
         Path(object_file).unlink()

@@ -8,6 +8,7 @@ the kernels do not cover (several tokens, a mask, a sliding window, another devi
 from __future__ import annotations
 
 import ctypes
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,7 @@ class _Forward:
         self._norms = [name for name, path in _NORMS.items() if _has(layer, path)]
         norms = (_NORMS[name] for name in self._norms)
         self._places = tuple(_places(layer, (*_PROJECTIONS.values(), *norms)))
-        self._held: list[Any] = []
+        self._held: list[weakref.ref[torch.Tensor] | None] = []
         self._struct: Layer | None = None
         self._kind = -1
 
@@ -148,8 +149,10 @@ class _Forward:
         """Return the layer's weights as the kernels see them; described anew where they have moved."""
         modules = [parent[leaf] for parent, leaf in self._places]
         now = [tensor for module in modules for tensor in tensors_of(module)]
-        if len(now) != len(self._held) or any(new is not old for new, old in zip(now, self._held, strict=True)):
-            self._held = now
+        held = [reference and reference() for reference in self._held]
+        if len(now) != len(held) or any(new is not old for new, old in zip(now, held, strict=True)):
+            # Copies that a block holds only while it runs are not held longer here.
+            self._held = [None if tensor is None else weakref.ref(tensor) for tensor in now]
             self._struct = self._describe(
                 modules[: len(_PROJECTIONS)], [m.weight for m in modules[len(_PROJECTIONS) :]]
             )

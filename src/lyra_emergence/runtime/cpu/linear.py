@@ -7,6 +7,7 @@ that leaves for an accelerator, or comes back, needs nothing done.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +63,8 @@ class _Forward:
         self._parameters: dict[str, Any] = linear._parameters  # noqa: SLF001 - attributes of modules are slow to read
         self._library = library
         self._few = few
-        self._weight: torch.Tensor | None = None
+        # Copies that a block holds only while it runs are not held longer here.
+        self._weight: Callable[[], torch.Tensor | None] = _nothing
         self._matrix: Matrix | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -71,8 +73,8 @@ class _Forward:
         tokens = x.numel() // columns
         if not 0 < tokens <= self._library.most_tokens or x.dtype != weight.dtype or x.device.type != "cpu":
             return functional.linear(x, weight, bias)
-        if weight is not self._weight:
-            self._weight, self._matrix = weight, matrix_of(weight, bias)
+        if weight is not self._weight():
+            self._weight, self._matrix = weakref.ref(weight), matrix_of(weight, bias)
         if (
             self._matrix is None
             or not self._few(weight, tokens)
@@ -84,6 +86,10 @@ class _Forward:
         kind, threads = KINDS[x.dtype], torch.get_num_threads()
         self._library.linear(x.data_ptr(), y.data_ptr(), kind, tokens, ctypes.byref(self._matrix), threads)
         return y
+
+
+def _nothing() -> None:
+    return None
 
 
 def _has_gradient(*tensors: torch.Tensor) -> bool:
