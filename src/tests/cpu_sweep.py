@@ -22,7 +22,7 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from .allocator_shim import Refusing, RefusingAllocator, preloaded
+from .allocator_shim import NEVER, Refusing, RefusingAllocator, preloaded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +33,8 @@ ROOT = Path(__file__).parents[2]
 LONGEST_RUN = 120.0
 """Seconds without a word from a child after which it hangs. Runs take tenths of a second."""
 _NEW_TOKENS = 12
-_ABORTING = ("tokenizers.abi3", "safetensors_rust")
-"""Libraries in Rust, which ends the process where it is refused memory: no caller can do anything about that."""
+_ABORTING = ("tokenizers.abi3", "safetensors_rust", "libgomp")
+"""Rust and OpenMP end the process where they are refused memory: no caller can do anything about that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Run:
 
     Attributes:
         outcome: "right" for the tokens of plain transformers; "refused" for one clear error, the text so far right
-            and a following answer right; else what was wrong.
+            and a following answer right; "memory error" for Python's own, where tensors are given; else what was wrong.
         allocations: Allocations counted.
         live: Bytes of the heap in use after it.
     """
@@ -79,7 +79,7 @@ class Run:
     @property
     def as_asked(self) -> bool:
         """Whether it ended as it should: one refusal is got over, lasting ones may end with an error."""
-        return self.outcome == "right" or (self.persistent and self.outcome == "refused")
+        return self.outcome in ("right", "memory error") or (self.persistent and self.outcome == "refused")
 
 
 class Sweeper:
@@ -239,7 +239,7 @@ class Runner:
             for directory in self._directories
             for prompt in self._prompts
         }
-        for library in _ABORTING:
+        for library in (*_ABORTING, *(["libsim.so"] if sim is not None else [])):
             self._allocator.spare(library)
         self._sim = sim
         for _ in range(2):
@@ -248,12 +248,11 @@ class Runner:
     def run(self, nth: int, *, persistent: bool, cap: int | None = None, room: int | None = None) -> Run:
         """Loads and answers with allocation `nth` refused, and again with none."""
         self._loaded: Any = None
-        self._cap = cap
+        self._cap, self._room = cap, room
         attempt = {"alone": self._alone, "shared": self._shared, "parallel": self._parallel}[self._case.mode]
         self._allocator.fail_at(nth, self._case.refusing, persistent=persistent)
         try:
-            with _limited(room):
-                outcome = attempt()
+            outcome = attempt()
         finally:
             self._allocator.disarm()
         allocations, refusals = self._allocator.allocations, self._allocator.refusals
@@ -266,7 +265,8 @@ class Runner:
         return Run(nth, persistent, outcome, allocations, self._allocator.live)
 
     def _alone(self) -> str:
-        return self._outcome(self._load_and_answer)
+        with _limited(self._room):
+            return self._outcome(self._load_and_answer)
 
     def _shared(self) -> str:
         """Two answers to two prompts from one model, side by side."""
@@ -281,12 +281,20 @@ class Runner:
 
     def _side_by_side(self, actions: Sequence[Callable[[], None]]) -> str:
         outcomes: list[str] = []
-        threads = [threading.Thread(target=lambda do=do: outcomes.append(self._outcome(do))) for do in actions]
+        begin = threading.Event()
+
+        def work(action: Callable[[], None]) -> None:
+            begin.wait()
+            outcomes.append(self._outcome(action))
+
+        threads = [threading.Thread(target=work, args=(action,)) for action in actions]
         with self._allocator.paused():
             for thread in threads:
                 thread.start()
-        for thread in threads:
-            thread.join()
+        with _limited(self._room):
+            begin.set()
+            for thread in threads:
+                thread.join()
         wrong = [outcome for outcome in outcomes if outcome not in ("right", "refused")]
         if wrong or len(outcomes) < len(actions):
             return "; ".join([*wrong, f"{len(outcomes)} of {len(actions)} ended"])
@@ -299,6 +307,10 @@ class Runner:
             action()
         except DoesNotFitError:
             return "refused"
+        except MemoryError as error:
+            # Python's own, of an object: it is clean where what follows is right.
+            ours = self._case.refusing.aligned < NEVER
+            return _described(error) if ours else "memory error"
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is a finding
             return _described(error)
         return "right"

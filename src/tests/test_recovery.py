@@ -236,20 +236,21 @@ def test_two_answers_share_a_model_that_runs_out_of_memory(checkpoints: Checkpoi
     directory = checkpoints("llama")
     loaded = load(ModelConfig(), directory=directory)
     total = allocations_of(loaded, sim)
+    prompts = (PROMPT, PROMPT[::-1])
     for nth in range(5, 2 * total, total // 3):
         sim.fail_at(nth, persistent=nth % 2 == 0)
-        found: dict[int, list[int]] = {}
+        found: dict[tuple[int, ...], list[int]] = {}
 
-        def answer(number: int, found: dict[int, list[int]] = found) -> None:
-            found[number] = tokens_of(loaded)[0]
+        def answer(prompt: tuple[int, ...], found: dict[tuple[int, ...], list[int]] = found) -> None:
+            found[prompt] = [token for chunk in stream_generate(loaded, prompt, OPTIONS) for token in chunk.token_ids]
 
-        threads = [threading.Thread(target=answer, args=(number,)) for number in range(2)]
+        threads = [threading.Thread(target=answer, args=(prompt,)) for prompt in prompts]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         sim.reset()
-        assert found == {0: reference(directory), 1: reference(directory)}, nth
+        assert found == {prompt: reference(directory, prompt=prompt) for prompt in prompts}, nth
     loaded.close()
     assert sim.settled() == (0, 0)
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from lyra_emergence.errors import is_out_of_memory
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
@@ -105,9 +107,14 @@ def cut_back(caches: Mapping[str, Any], tokens: int) -> bool:
 
     Returns:
         Whether that could be done; else the caches are of no use. A window that has slid, and a recurrent state, keep
-        nothing of what they were.
+        nothing of what they were; and the views take memory, if little, which may be refused.
     """
-    return all(_layer_cut_back(layer, tokens) for layer in _all_layers(caches))
+    try:
+        return all(_layer_cut_back(layer, tokens) for layer in _all_layers(caches))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
 
 
 def _layer_cut_back(layer: Any, tokens: int) -> bool:

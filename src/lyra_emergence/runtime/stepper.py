@@ -218,6 +218,7 @@ class Stepper:
                     raise
                 stopped = True  # there is not even enough to recover with
             if stopped:
+                self._kept = None
                 self.close()
                 raise self._refusal(CPU, _reason(failure)) from failure
 
@@ -288,7 +289,8 @@ class Stepper:
         with self._loaded.step_lock:
             residency = self._loaded.residency
             device = failing_device(failure, residency.accelerators)
-            self._cut_back()
+            if not cut_back(self._caches, self._held):
+                self._drop()
             give_back()
             return_freed_memory()
             if lost_onednn(failure):
@@ -301,17 +303,6 @@ class Stepper:
         recovery = Recovery(device, len(self._seen), remedy, moved, reason)
         self.recoveries.append(recovery)
         self._loaded.tell(LoadEvent("recover", str(recovery)))
-
-    def _cut_back(self) -> None:
-        """Bring the caches back to what they held before the step, or drop them."""
-        done = False
-        try:
-            done = cut_back(self._caches, self._held)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        if not done:
-            self._drop()
 
     def _next_remedy(self, device: str) -> tuple[str, tuple[str, ...]]:
         """Take the next remedy; return it in words, with the blocks that it moved, or "" where none is left."""

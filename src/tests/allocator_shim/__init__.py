@@ -18,9 +18,10 @@ from pathlib import Path
 
 from ..simulated_accelerator import BuildError, CompilerMissingError
 from ..simulated_accelerator.compilation import compile_library
-from .handle import Refusing, RefusingAllocator
+from .handle import NEVER, Refusing, RefusingAllocator
 
 __all__ = [
+    "NEVER",
     "BuildError",
     "CompilerMissingError",
     "Refusing",

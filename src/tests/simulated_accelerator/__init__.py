@@ -25,7 +25,7 @@ from .handle import DEFAULT_CAP, SimulatedAccelerator
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["DEFAULT_CAP", "BuildError", "CompilerMissingError", "SimulatedAccelerator", "load"]
+__all__ = ["DEFAULT_CAP", "BuildError", "CompilerMissingError", "SimulatedAccelerator", "cache_directory", "load"]
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "sim_read": (ctypes.c_int64, [ctypes.c_int, ctypes.c_int]),
@@ -78,7 +78,7 @@ def _register(directory: Path | None, devices: int) -> SimulatedAccelerator:
 
     from . import device_module
 
-    library = _open(compile_library(directory or _cache_directory()))
+    library = _open(compile_library(directory or cache_directory()))
     if not 1 <= devices <= library.sim_max_devices():
         raise ValueError(f"there can be 1 to {library.sim_max_devices()} simulated devices, not {devices}")
     library.sim_set_devices(devices)
@@ -98,7 +98,7 @@ def _open(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("lyra-emergence")) / "simulated_accelerator"
