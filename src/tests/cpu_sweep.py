@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .simulated_accelerator import SimulatedAccelerator
 
 ROOT = Path(__file__).parents[2]
-LONGEST_RUN = 120.0
+LONGEST_RUN = 240.0
 """Seconds without a word from a child after which it hangs. Runs take tenths of a second."""
 _NEW_TOKENS = 12
 _ABORTING = ("tokenizers.abi3", "safetensors_rust", "libgomp")
