@@ -30,6 +30,25 @@ extern "C" int omp_get_num_threads();
 
 namespace {
 
+// Calls `body` with (number, of) in as many threads at once. One thread goes without OpenMP, which asks for memory for
+// every team of one, and ends the process where that is refused.
+template <typename Body>
+void in_threads(int threads, const Body& body) {
+  if (threads == 1) {
+    body(0, 1);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    int number = 0, of = 1;
+#ifdef _OPENMP
+    number = omp_get_thread_num();
+    of = omp_get_num_threads();
+#endif
+    body(number, of);
+  }
+}
+
 enum Kind : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kPacked8 = 3, kPacked4 = 4 };
 
 constexpr int64_t kTile = 16;   // rows of a tile: the 32-bit lanes of a 512-bit register
@@ -678,19 +697,18 @@ int lyra_linear(const void* x, void* y, int kind, int64_t tokens, const Matrix* 
   const Inputs& shared = inputs;
   float* const sums = outputs.data();
   const int64_t rows = matrix->rows;
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int number = 0; number < threads; ++number) {
-    multiply(*matrix, shared, sums, number, threads);
+  in_threads(threads, [&](int number, int of) {
+    multiply(*matrix, shared, sums, number, of);
     const int64_t all = units(*matrix), unit = is_packed(matrix->kind) ? kTile : 1;
-    const int64_t from = std::min(rows, all * number / threads * unit);
-    const int64_t to = std::min(rows, all * (number + 1) / threads * unit);
+    const int64_t from = std::min(rows, all * number / of * unit);
+    const int64_t to = std::min(rows, all * (number + 1) / of * unit);
     for (int64_t token = 0; token < tokens; ++token)
       for (int64_t row = from; row < to; ++row) {
         float value = sums[token * rows + row];
         if (matrix->bias) value += load(matrix->bias, kind, row);
         store(y, kind, token * rows + row, value);
       }
-  }
+  });
   return 0;
 }
 
@@ -710,11 +728,12 @@ int lyra_pack(const void* weights, int from, int kind, int64_t rows, int64_t col
               int threads) {
   if (columns % kGroup || !is_packed(kind)) return 2;
   const int64_t tiles = (rows + kTile - 1) / kTile;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    if (kind == kPacked8) pack_tile<kPacked8>(weights, from, rows, columns, tile, codes, scales);
-    else pack_tile<kPacked4>(weights, from, rows, columns, tile, codes, scales);
-  }
+  in_threads(threads, [&](int number, int of) {
+    for (int64_t tile = tiles * number / of; tile < tiles * (number + 1) / of; ++tile) {
+      if (kind == kPacked8) pack_tile<kPacked8>(weights, from, rows, columns, tile, codes, scales);
+      else pack_tile<kPacked4>(weights, from, rows, columns, tile, codes, scales);
+    }
+  });
   return 0;
 }
 
@@ -725,26 +744,27 @@ int lyra_unpack(const Matrix* matrix, int64_t first, int64_t count, void* to, in
   const int64_t bytes = matrix->kind == kPacked4 ? group_bytes<kPacked4>() : group_bytes<kPacked8>();
   const auto* codes = static_cast<const uint8_t*>(matrix->weights);
   const auto* scales = static_cast<const uint16_t*>(matrix->scales);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = first; row < first + count; ++row) {
-    const int64_t tile = row / kTile, lane = row % kTile;
-    for (int64_t group = 0; group < groups; ++group) {
-      const uint8_t* from = codes + (tile * groups + group) * bytes;
-      const float scale = matrix->kind == kPacked4 ? from_half(scales[(tile * groups + group) * kTile + lane])
-                                                   : static_cast<const float*>(matrix->scales)[row];
-      for (int64_t i = 0; i < kGroup; ++i) {
-        const int64_t quad = i / kQuad, byte = lane * kQuad + i % kQuad;
-        int level;
-        if (matrix->kind == kPacked8) {
-          level = static_cast<int>(from[quad * 64 + byte]) - 128;
-        } else {
-          const uint8_t both = from[(quad / 2) * 64 + byte];
-          level = kLevels[quad % 2 ? both >> 4 : both & 15];
+  in_threads(threads, [&](int number, int of) {
+    for (int64_t row = first + count * number / of; row < first + count * (number + 1) / of; ++row) {
+      const int64_t tile = row / kTile, lane = row % kTile;
+      for (int64_t group = 0; group < groups; ++group) {
+        const uint8_t* from = codes + (tile * groups + group) * bytes;
+        const float scale = matrix->kind == kPacked4 ? from_half(scales[(tile * groups + group) * kTile + lane])
+                                                     : static_cast<const float*>(matrix->scales)[row];
+        for (int64_t i = 0; i < kGroup; ++i) {
+          const int64_t quad = i / kQuad, byte = lane * kQuad + i % kQuad;
+          int level;
+          if (matrix->kind == kPacked8) {
+            level = static_cast<int>(from[quad * 64 + byte]) - 128;
+          } else {
+            const uint8_t both = from[(quad / 2) * 64 + byte];
+            level = kLevels[quad % 2 ? both >> 4 : both & 15];
+          }
+          store(to, to_kind, (row - first) * matrix->columns + group * kGroup + i, scale * static_cast<float>(level));
         }
-        store(to, to_kind, (row - first) * matrix->columns + group * kGroup + i, scale * static_cast<float>(level));
       }
     }
-  }
+  });
   return 0;
 }
 
@@ -776,13 +796,7 @@ int lyra_layer(const Layer* layer, void* hidden, const void* cosine, const void*
   normalize(work.hidden.data(), layer->norm, kind, layer->hidden, layer->epsilon, work.normed.data());
   as_inputs(work.inputs, work.normed, layer->hidden);
   prepare_for(work.inputs, layer->query, &layer->key, &layer->value);
-#pragma omp parallel num_threads(threads)
-  {
-    int number = 0, of = 1;
-#ifdef _OPENMP
-    number = omp_get_thread_num();
-    of = omp_get_num_threads();
-#endif
+  in_threads(threads, [&](int number, int of) {
     multiply(layer->query, work.inputs, work.query.data(), number, of);
     multiply(layer->key, work.inputs, work.key.data(), number, of);
     multiply(layer->value, work.inputs, work.value.data(), number, of);
@@ -852,7 +866,7 @@ int lyra_layer(const Layer* layer, void* hidden, const void* cosine, const void*
       finish(layer->down, work.sums.data(), kind);
       for (int64_t i = 0; i < layer->hidden; ++i) store(hidden, kind, i, work.hidden[i] + work.sums[i]);
     }
-  }
+  });
   return 0;
 }
 
