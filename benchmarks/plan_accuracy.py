@@ -4,8 +4,9 @@
     uv run python -m benchmarks.plan_accuracy --device cuda:0  # main memory, and a real GPU
     uv run python -m benchmarks.plan_accuracy --only llama --only gemma2
 
-Sixteen architectures of 40 to 200 million random weights, three loaded forms, three contexts. Each architecture and
-form has a process of its own. Every case loads, runs a prompt that fills the context but for 4 tokens, and those 4.
+Sixteen architectures of 40 to 200 million random weights, three loaded forms, three contexts. In main memory each case
+has a process of its own. Every case loads, runs a prompt that fills the context but for 4 tokens, and those 4. With
+`--json FILE` every case is written down as it ends, and a run that was stopped goes on behind the last one.
 
 Main memory is the growth of private pages (`RssAnon`) at its most, after the frameworks were warmed up: with the stored
 dtype it holds no weights, which are a map of the file. An accelerator's memory is its allocator's own count.
@@ -110,44 +111,81 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="sim:0", help="the accelerator: sim:0 (simulated), cuda:0, or none")
     parser.add_argument("--only", action="append", choices=list(ARCHITECTURES), help="repeatable")
+    parser.add_argument("--form", action="append", choices=list(FORMS), help="instead of the three; repeatable")
     parser.add_argument("--context", action="append", type=int, help="instead of the three; repeatable")
-    parser.add_argument("--json", type=Path, help="write every case here")
+    parser.add_argument("--json", type=Path, help="a case a line goes here; cases that are there are not run again")
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--place", action="append", default=[], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        contexts = tuple(arguments.context or CONTEXTS)
-        print(json.dumps(list(run_cases(*arguments.case, arguments.device, contexts))))
+        run_cases(*arguments.case, arguments.place)
         return
-    found: list[dict[str, Any]] = []
+    found = _recorded(arguments.json)
     for name in arguments.only or ARCHITECTURES:
-        for form in FORMS:
-            found += _in_process(name, form, arguments)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(table(found)))
+        for form in arguments.form or FORMS:
+            for places in _left(name, form, arguments, found):
+                for case in _in_process(name, form, places):
+                    found[_key(case)] = case
+                    _record(arguments.json, case)
+    print("\n".join(table(list(found.values()))))
 
 
-def _in_process(name: str, form: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "benchmarks.plan_accuracy", "--device", arguments.device, "--case", name, form]
-    command += [part for context in arguments.context or () for part in ("--context", str(context))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{name} {form} failed:\n{done.stderr}")
-    cases: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    for case in cases:
-        print(_line(case), file=sys.stderr, flush=True)
-    return cases
+_Key = tuple[str, str, str, int]
 
 
-def run_cases(name: str, form: str, device: str, contexts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """Yield what each context took, on the accelerator and in main memory."""
+def _key(case: dict[str, Any]) -> _Key:
+    return case["architecture"], case["form"], case["device"], case["context"]
+
+
+def _recorded(record: Path | None) -> dict[_Key, dict[str, Any]]:
+    if record is None or not record.exists():
+        return {}
+    cases = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    return {_key(case): case for case in cases}
+
+
+def _record(record: Path | None, case: dict[str, Any]) -> None:
+    print(_line(case), file=sys.stderr, flush=True)
+    if record is not None:
+        with record.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(case) + "\n")
+
+
+def _left(name: str, form: str, arguments: argparse.Namespace, found: dict[_Key, dict[str, Any]]) -> list[list[str]]:
+    """Return device and context of the cases that are to be run, as "sim:0=512", a list for each process.
+
+    In main memory each case has its own: what kernels keep of one would be there already for the next.
+    """
+    # bitsandbytes packs on CUDA and on the CPU, and on no device that it does not know.
+    unpacked = arguments.device.startswith("sim") and form == "4bit"
+    contexts = arguments.context or CONTEXTS
+    ways = [[("cpu", context)] for context in contexts]
+    if arguments.device != "none" and not unpacked:
+        ways.append([(arguments.device, context) for context in contexts])
+    left = ([f"{at}={context}" for at, context in way if (name, form, at, context) not in found] for way in ways)
+    return [way for way in left if way]
+
+
+def _in_process(name: str, form: str, places: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield cases as a process of their own tells them, a line each."""
+    command = [sys.executable, "-m", "benchmarks.plan_accuracy", "--case", name, form]
+    command += [part for place in places for part in ("--place", place)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield json.loads(line)
+    if process.returncode:
+        raise SystemExit(f"{name} {form} failed")
+
+
+def run_cases(name: str, form: str, places: list[str]) -> None:
+    """Print what each of `places` took, one JSON object a line."""
     directory = checkpoint(name)
     others = peers(directory, form)
-    # bitsandbytes packs on CUDA and on the CPU, and on no device that it does not know.
-    unpacked = device.startswith("sim") and form == "4bit"
-    for place in ("cpu", *([] if device == "none" or unpacked else [device])):
-        for context in contexts:
-            yield {"architecture": name, **_case(directory, form, context, place), **others}
+    for place in places:
+        device, _, context = place.partition("=")
+        case = {"architecture": name, **_case(directory, form, int(context), device), **others}
+        print(json.dumps(case), flush=True)
 
 
 def _case(directory: Path, form: str, context: int, device: str) -> dict[str, Any]:

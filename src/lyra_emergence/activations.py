@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lyra_emergence.model_shape import ModelShape
 
-__all__ = ["KNOWN_TYPES", "Activations", "estimate_activations"]
+__all__ = ["KNOWN_TYPES", "Activations", "estimate_activations", "packed_keys"]
 
 KNOWN_TYPES = frozenset(
     """
@@ -35,6 +35,8 @@ _NUMBERS = 3
 """Whole numbers for each token: its id, its position, its place in the cache."""
 _TABLES = 3
 """Rotary frequencies, which stay: half a width each, as made and as in use, for one or two kinds of layers."""
+_PACKED_FROM = 64
+"""Rows of queries from which packing keys pays for torch."""
 _FLOAT32 = 4
 _INT64 = 8
 _BOOL = 1
@@ -55,8 +57,10 @@ class Activations:
         experts: Where a layer runs with its experts, once the caches are full.
         earlier_experts: As `experts`, in that earlier chunk.
         experts_alone: Where experts run and no layer does.
-        unfused: On top of `layer` on the CPU, where its kernels cannot fuse attention and make the matrix of scores.
-        earlier_unfused: On top of `earlier`, the same.
+        cpu_layer: As `layer` on the CPU, whose kernels of attention take more; less than `layer` where they do not.
+        earlier_cpu_layer: As `cpu_layer`, in that earlier chunk.
+        projecting: As `layer`, at the fullest moment in which a projection runs; 0 where that may be any.
+        earlier_projecting: As `projecting`, in that earlier chunk.
     """
 
     embedding: int
@@ -67,8 +71,10 @@ class Activations:
     experts: int = 0
     earlier_experts: int = 0
     experts_alone: int = 0
-    unfused: int = 0
-    earlier_unfused: int = 0
+    cpu_layer: int = 0
+    earlier_cpu_layer: int = 0
+    projecting: int = 0
+    earlier_projecting: int = 0
 
     def of(
         self,
@@ -82,7 +88,9 @@ class Activations:
     ) -> int:
         """Return the bytes on a device that runs the parts named and holds `kv_cache` bytes of full caches."""
         unfilled = int((1 - self.filled) * kv_cache)
-        in_layer = max(self.layer + self.unfused * on_cpu, self.earlier + self.earlier_unfused * on_cpu - unfilled)
+        in_layer = max(self.layer, self.earlier - unfilled)
+        if on_cpu:
+            in_layer = max(in_layer, self.cpu_layer, self.earlier_cpu_layer - unfilled)
         in_experts = max(self.experts, self.earlier_experts - unfilled) if layer else self.experts_alone
         return max(self.embedding * embedding, in_layer * layer, in_experts * experts, self.head * head)
 
@@ -93,13 +101,23 @@ class Activations:
 
     def with_unfused_attention(self, shape: ModelShape, context: int, batch: int, chunk: int) -> Activations:
         """Return the figures with what attention takes on the CPU, whose fused kernel wants keys as wide as values."""
+        if shape.key_width == shape.value_width:
+            return self
         whole, rest = context // chunk * chunk, context % chunk
         if not whole or not rest:
-            return replace(self, unfused=_scores(shape, min(chunk, context), context, batch))
+            return replace(self, cpu_layer=self.layer + _scores(shape, min(chunk, context), context, batch))
         return replace(
             self,
-            unfused=_scores(shape, rest, context, batch),
-            earlier_unfused=_scores(shape, chunk, whole, batch),
+            cpu_layer=self.layer + _scores(shape, rest, context, batch),
+            earlier_cpu_layer=self.earlier + _scores(shape, chunk, whole, batch),
+        )
+
+    def with_unpacked_projection(self, workspace: int) -> Activations:
+        """Return the figures for packed layers: a projection takes `workspace` bytes more while it runs."""
+        return replace(
+            self,
+            layer=max(self.layer, (self.projecting or self.layer) + workspace),
+            earlier=max(self.earlier, (self.earlier_projecting or self.earlier) + workspace) if self.earlier else 0,
         )
 
 
@@ -119,6 +137,8 @@ def estimate_activations(shape: ModelShape, context: int, batch: int, chunk: int
         head=max(earlier.head, last.head),
         earlier=earlier.layer,
         filled=shape.filled(whole, context, chunk),
+        cpu_layer=last.cpu_layer,
+        earlier_cpu_layer=earlier.cpu_layer,
         experts=last.experts,
         earlier_experts=earlier.experts,
         experts_alone=max(earlier.experts_alone, last.experts_alone),
@@ -127,8 +147,6 @@ def estimate_activations(shape: ModelShape, context: int, batch: int, chunk: int
 
 def _scores(shape: ModelShape, tokens: int, context: int, batch: int) -> int:
     """Scores of every head and their softmax, the mask twice, and what is of lower precision, all in float32."""
-    if shape.key_width == shape.value_width:
-        return 0
     reach = shape.reach(context, tokens)
     matrices = 2 * (shape.heads + 1) * tokens * reach
     widths = shape.heads * (shape.key_width + shape.value_width)
@@ -143,8 +161,9 @@ def _in_a_pass(shape: ModelShape, tokens: int, context: int, batch: int) -> Acti
     hidden = rows * shape.hidden * shape.itemsize
     logits = batch * shape.vocab * (shape.itemsize + _FLOAT32)
     head = 2 * hidden + max(logits, 2 * rows * shape.hidden * _FLOAT32)
+    attention = _attention(shape, tokens, context, batch)
     in_layer = max(
-        _attention(shape, tokens, context, batch),
+        attention,
         _turning(shape, rows),
         _growing_cache(shape, rows, context, batch),
         shape.mlp_copies * rows * shape.intermediate * shape.itemsize + (-hidden if shape.mlp_inline else hidden),
@@ -156,6 +175,7 @@ def _in_a_pass(shape: ModelShape, tokens: int, context: int, batch: int) -> Acti
         embedding=2 * hidden,
         layer=throughout + in_layer,
         head=head,
+        cpu_layer=throughout + attention + _packed(shape, tokens, context, batch),
         experts=throughout + experts if experts else 0,
         experts_alone=hidden + experts if experts else 0,
     )
@@ -187,6 +207,28 @@ def _attention(shape: ModelShape, tokens: int, context: int, batch: int) -> int:
         repeated = batch * context * shape.heads * (shape.key_width + shape.value_width)
     mask = batch * tokens * context if masked else 0
     return (queries + projected + repeated + mask) * shape.itemsize
+
+
+def _packed(shape: ModelShape, tokens: int, context: int, batch: int) -> int:
+    """Return what `packed_keys` says for this shape."""
+    widths = shape.key_width + shape.value_width
+    return packed_keys(batch * shape.heads, tokens, context, widths, shape.itemsize)
+
+
+def packed_keys(heads: int, tokens: int, context: int, widths: int, itemsize: int) -> int:
+    """Return the bytes that torch's fused attention on the CPU takes to lay out keys and values anew.
+
+    It does so below float32 and for prompts, where the products take them in pairs of rows (FlashAttentionKernel.cpp of
+    torch 2.15). Measured as predicted, and 0.8 MiB of buffers of the threads beside it.
+
+    Args:
+        heads: Query heads of all sequences together.
+        tokens: Rows of the queries.
+        context: Rows of the keys.
+        widths: Width of one head's keys and values together.
+        itemsize: Bytes of an element.
+    """
+    return heads * context * widths * itemsize if itemsize < _FLOAT32 and tokens >= _PACKED_FROM else 0
 
 
 def _turning(shape: ModelShape, rows: int) -> int:

@@ -199,7 +199,7 @@ def estimate_footprint(
         batch=batch,
         dtype=name,
         quantization=quantization,
-        activations=_with_workspace(activations, workspace),
+        activations=activations.with_unpacked_projection(workspace),
         packing=_PACKING_BYTES * _largest_projection(index) if quantization else 0,
         heads_per_key=shape.heads / shape.key_heads if shape.key_heads else None,
         notes=_notes(index, shape, trial),
@@ -235,11 +235,6 @@ def _weights(
 def is_known(index: CheckpointIndex) -> bool:
     """Return whether the formulas cover the checkpoint's model type, so that no trial forward is needed."""
     return str(index.text_config.get("model_type")) in KNOWN_TYPES
-
-
-def _with_workspace(activations: Activations, workspace: int) -> Activations:
-    earlier = activations.earlier + workspace if activations.earlier else 0
-    return replace(activations, layer=activations.layer + workspace, earlier=earlier)
 
 
 def _notes(index: CheckpointIndex, shape: ModelShape, trial: Trial | None) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ torch, builds the whole model's modules, and takes a second or several; results 
 
 Covered: what transformers builds from a config.json. Not covered: code that comes with a checkpoint, unless the user
 trusts it; models whose forward pass looks at the data (their trial fails, and the estimate stands); quantized layers,
-whose workspace is added by formula.
+whose workspace is added by formula to the fullest moment of a projection.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Trial", "find_trial"]
 
-JSON_FORMAT = "lyra.trials/3"
+JSON_FORMAT = "lyra.trials/4"
 _KEPT = 200
 """Results that the cache holds at most; the oldest go first."""
 

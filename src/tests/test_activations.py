@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from lyra_emergence.activations import KNOWN_TYPES
+from lyra_emergence.activations import KNOWN_TYPES, Activations
 from lyra_emergence.checkpoint import CheckpointIndex, read_checkpoint
 from lyra_emergence.config import ModelConfig
 from lyra_emergence.footprint import PREFILL_CHUNK, estimate_footprint, is_known
@@ -16,8 +16,9 @@ from lyra_emergence.generation import Stepper
 from lyra_emergence.loading import load
 from lyra_emergence.machine import probe_machine
 from lyra_emergence.plan import make_plan
+from lyra_emergence.runtime.live_bytes import FusedAttention, LiveBytes
 from lyra_emergence.runtime.memory import peak_bytes, reset_peak
-from lyra_emergence.runtime.trial_forward import LiveBytes, UntriedError, run_trial
+from lyra_emergence.runtime.trial_forward import UntriedError, run_trial
 from lyra_emergence.trial import Trial, find_trial
 
 from .families import FAMILIES
@@ -219,7 +220,7 @@ def test_results_are_kept_and_a_damaged_file_is_replaced(
     with pytest.raises(AssertionError, match="run again"):
         find_trial(index, context=301, batch=1, dtype="bfloat16", chunk=PREFILL_CHUNK)
     monkeypatch.undo()
-    for damage in ("", "{", "[]", '{"format": "lyra.trials/3", "trials": {"a": 1}}'):
+    for damage in ("", "{", "[]", '{"format": "lyra.trials/4", "trials": {"a": 1}}'):
         kept.write_text(damage)
         assert find_trial(index, context=300, batch=1, dtype="bfloat16", chunk=PREFILL_CHUNK) == (trial, "")
     assert json.loads(kept.read_text())["trials"]
@@ -239,6 +240,82 @@ def test_what_cannot_be_tried_says_why(tmp_path: Path, config: dict[str, Any], r
     index = write_paper(tmp_path, {"model.layers.0.w.weight": (4, 4), "lm_head.weight": (4, 4)}, config)
     with pytest.raises(UntriedError, match=reason):
         run_trial(index, 64, 1, "float32", 16, trust_remote_code=False)
+
+
+def test_fused_attention_on_the_cpu_lays_keys_and_values_out_anew(tmp_path: Path) -> None:
+    index = described(tmp_path, "llama", intermediate_size=64)
+    for dtype, context, packed in (
+        # 8 heads of 32 for keys and 32 for values, in bfloat16, and for two sequences.
+        ("bfloat16", 2048, 2 * 8 * 2048 * (32 + 32) * 2),
+        ("float32", 2048, 0),
+        # One token over two chunks: too few queries for it to pay. The chunk before it counts, with 2048 tokens.
+        ("bfloat16", 2049, 2 * 8 * 2048 * (32 + 32) * 2),
+    ):
+        made = estimate_footprint(index, context_length=context, batch=2, dtype=dtype)
+        busy = made.activations
+        assert busy.of(layer=True, on_cpu=True) == busy.of(layer=True) + packed
+        assert busy.cpu_layer == busy.layer + packed * (context == 2048)
+
+
+def test_what_kernels_take_on_the_cpu_is_counted_beside_tensors() -> None:
+    live = LiveBytes([])
+    with torch.inference_mode(), FusedAttention(live), live:
+        queries = torch.empty(2, 4, 100, 16, dtype=torch.bfloat16, device="meta")
+        keys = torch.empty(2, 4, 300, 16, dtype=torch.bfloat16, device="meta")
+        held = (2 * 4 * 100 * 16 + 2 * 4 * 300 * 16) * 2
+        assert live.now == held
+        live.forget_peaks()
+        torch.nn.functional.scaled_dot_product_attention(queries, keys, keys)
+        # The output, a float32 for each query, and keys and values once more.
+        assert live.peak == held + 2 * 4 * 100 * (16 * 2 + 4)
+        assert live.cpu_peak == live.peak + 2 * 4 * 300 * (16 + 16) * 2
+        live.forget_peaks()
+        scores = torch.empty(8, 100, 301, dtype=torch.bfloat16, device="meta")
+        made = live.now
+        out = torch.bmm(scores[:, :, :300], keys.view(8, 300, 16))
+        # Rows of 300 with a gap behind each are copied; the output is there by then.
+        assert live.peak == made + out.nbytes
+        assert live.cpu_peak == live.peak + 8 * 100 * 300 * 2
+        live.forget_peaks()
+        # Transposed matrices are taken as they are, and so is float32.
+        torch.bmm(scores[:, :, :300].contiguous(), keys.view(8, 300, 16))
+        torch.bmm(scores.transpose(1, 2).float(), scores.float())
+        assert live.cpu_peak == live.peak
+
+
+def test_unpacking_counts_where_a_projection_runs() -> None:
+    live = LiveBytes([])
+    with torch.inference_mode(), FusedAttention(live), live:
+        inputs = torch.empty(10, 8, device="meta")  # 320 bytes
+        weight = torch.empty(4, 8, device="meta")  # 128 bytes
+        live.forget_peaks()
+        torch.nn.functional.linear(inputs, weight)
+        wide = inputs.double()
+        del wide
+    assert live.projecting == 320 + 128 + 10 * 4 * 4
+    assert live.peak == 320 + 128 + 640
+    busy = Activations(embedding=0, layer=900, head=0, earlier=1000, projecting=500, earlier_projecting=990)
+    unpacked = busy.with_unpacked_projection(300)
+    assert (unpacked.layer, unpacked.earlier) == (900, 1290)
+    # Where the moment is not known, it may be the fullest one.
+    unpacked = Activations(embedding=0, layer=900, head=0).with_unpacked_projection(300)
+    assert (unpacked.layer, unpacked.earlier) == (1200, 0)
+
+
+def test_packed_layers_of_a_tried_type_take_more_only_in_projections(tmp_path: Path) -> None:
+    index = described(tmp_path, "mamba2", **_MAMBA2)
+    trial, _ = find_trial(index, context=512, batch=1, dtype="bfloat16", chunk=PREFILL_CHUNK)
+    assert trial is not None
+    plain, packed = (
+        estimate_footprint(index, context_length=512, trial=trial, quantization=form).activations
+        for form in (None, "4bit")
+    )
+    # Of the prompt, most is taken in the scan, between the projections; the widest of these is unpacked whole.
+    unpacked = 256 * (2 * 512 + 2 * 32 + 8) * 2
+    assert trial.activations.earlier_projecting + unpacked < trial.activations.earlier
+    assert packed.earlier == plain.earlier
+    # Of a single token, the projection itself.
+    assert packed.layer == trial.activations.projecting + unpacked > plain.layer
 
 
 def test_keys_wider_than_values_are_not_fused_on_the_cpu(tmp_path: Path) -> None:

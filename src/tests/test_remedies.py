@@ -37,10 +37,10 @@ def machine(*gpus: int, cpu: int = 64 * GB) -> Machine:
     return Machine(devices, Device("cpu", "cpu", None, cpu, cpu, 0, "CPU"))
 
 
-def whole(index: CheckpointIndex, context: int, quantization: Any = None) -> int:
-    """The bytes that one GPU must have to hold the model."""
+def whole(index: CheckpointIndex, context: int, quantization: Any = None, *, on_cpu: bool = False) -> int:
+    """The bytes that one GPU, or main memory, must have to hold the model."""
     made = estimate_footprint(index, context_length=context, quantization=quantization)
-    return made.weights + made.kv_cache + made.activations.layer
+    return made.weights + made.kv_cache + made.activations.of(layer=True, kv_cache=made.kv_cache, on_cpu=on_cpu)
 
 
 def plan(index: CheckpointIndex, on: Machine, **config: Any) -> Plan:
@@ -117,7 +117,7 @@ def test_packed_layers_that_main_memory_cannot_hold_are_left_in_the_file_as_they
 
 
 def test_where_main_memory_is_the_fastest_its_limit_counts(seven_billion: CheckpointIndex) -> None:
-    on = machine(cpu=whole(seven_billion, 2048))
+    on = machine(cpu=whole(seven_billion, 2048, on_cpu=True))
     assert what(plan(seven_billion, on)) == ("cpu", 2048, None)
     assert not any(p.device == "disk" for p in plan(seven_billion, on).placements)
 

@@ -4,115 +4,52 @@ from __future__ import annotations
 
 import json
 import tempfile
-import weakref
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lyra_emergence.activations import Activations
 from lyra_emergence.runtime.library_settings import settings_for_loading
+from lyra_emergence.runtime.live_bytes import FusedAttention, LiveBytes
 from lyra_emergence.runtime.stepping import Feeding, caches_of, feeding_of
 from lyra_emergence.trial import Trial
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from lyra_emergence.checkpoint import CheckpointIndex
 
-__all__ = ["LiveBytes", "UntriedError", "run_trial"]
+__all__ = ["UntriedError", "run_trial"]
 
 _SINGLE_TOKENS = 2
 _FLOAT32 = 4
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What one pass took, as `LiveBytes` counts it, and what its caches held after it; in bytes."""
+
+    peak: int
+    cpu_peak: int
+    projecting: int
+    held: int
+
+    @classmethod
+    def most(cls, passes: Sequence[_Pass], full: int) -> _Pass:
+        """Return the most that any of `passes` took beside `full` bytes of caches."""
+        figures = zip(*((one.peak, one.cpu_peak, one.projecting) for one in passes), strict=True)
+        peak, cpu_peak, projecting = (max(0, max(figure) - full) for figure in figures)
+        return cls(peak, cpu_peak, projecting, full)
+
+    def plus(self, nbytes: int) -> _Pass:
+        """Return the same with `nbytes` that are there all the time."""
+        return _Pass(self.peak + nbytes, self.cpu_peak + nbytes, self.projecting + nbytes, self.held)
+
+
 class UntriedError(Exception):
     """The trial could not be run; the message says why in a few words."""
-
-
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
-    """Counts the bytes of every storage that operators make, from its making until nothing holds it.
-
-    Attributes:
-        now: Bytes alive.
-        peak: The most that `now` was since it was last set.
-
-    Args:
-        known: Tensors that were there before, such as weights; they are not counted.
-    """
-
-    def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = 0
-        self.peak = 0
-        # Held by their storages' ids; the weak reference says when an id is free again.
-        self._seen: dict[int, Any] = {id(storage): storage for storage in (t.untyped_storage() for t in known)}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run an operator, by its parts where it has parts, and count what it makes."""
-        kwargs = kwargs or {}
-        with self:
-            # Where autograd is off, an operator made of others arrives whole: its own temporaries count too.
-            result = func.decompose(*args, **kwargs)
-        if result is NotImplemented:
-            result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._see(leaf.untyped_storage())
-        return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)
-        if key in self._seen:
-            return
-        size = storage.nbytes()
-        self._seen[key] = weakref.ref(storage, partial(self._gone, key, size))
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def _gone(self, key: int, size: int, _: object) -> None:
-        if self._seen.pop(key, None) is not None:
-            self.now -= size
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Stands in for fused attention, which has no kernel on the meta device."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is functional.scaled_dot_product_attention:
-            return _attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    *_: object,
-    **__: object,
-) -> torch.Tensor:
-    """Makes what the fused kernels make: the mask in the query's dtype, a row of sums, and the output."""
-    del key
-    rows, heads, tokens, _width = query.shape
-    mask = attn_mask.to(query.dtype) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
-    output = query.new_empty((rows, tokens, heads, value.shape[-1])).transpose(1, 2)
-    sums = query.new_empty((rows, heads, tokens), dtype=torch.float32)
-    del mask, sums
-    return output
 
 
 def run_trial(
@@ -164,16 +101,16 @@ def _count(model: Any, context: int, batch: int, chunk: int) -> Trial:
     live = LiveBytes([*model.parameters(), *model.buffers()])
     caches: dict[str, Any] = {}
     layers: list[int] = []
-    passes: list[tuple[int, int]] = []
+    passes: list[_Pass] = []
     logits = 0
-    with torch.inference_mode(), _FusedAttention(), live:
+    with torch.inference_mode(), FusedAttention(live), live:
         for tokens, counted in _steps(context, feeding):
-            live.peak = live.now
+            live.forget_peaks()
             caches, logits = _step(model, feeding, caches, (batch, tokens))
             if not counted:
                 continue
             sizes = _cache_sizes(caches)
-            passes.append((live.peak, sum(sizes)))
+            passes.append(_Pass(live.peak, live.cpu_peak, live.projecting, sum(sizes)))
             layers = [max(pair) for pair in zip(layers, sizes, strict=True)] if layers else sizes
     stored = model.state_dict()
     tables = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in stored)
@@ -182,21 +119,25 @@ def _count(model: Any, context: int, batch: int, chunk: int) -> Trial:
     hidden = rows * int(getattr(config, "hidden_size", 0)) * model.dtype.itemsize
     head = 2 * hidden + max(logits, 2 * hidden * _FLOAT32 // model.dtype.itemsize)
     full = sum(layers)
-    (earlier, held), *later = passes
-    in_layer, in_earlier = max(0, *(peak - full for peak, _ in later)) + tables, max(0, earlier - held) + tables
-    filled = min(1.0, held / full) if full else 1.0
+    first, *later = passes
+    in_layer, in_earlier = _Pass.most(later, full).plus(tables), _Pass.most([first], first.held).plus(tables)
+    filled = min(1.0, first.held / full) if full else 1.0
     return Trial(
         kv_cache=_by_layer(layers, int(getattr(config, "num_hidden_layers", len(layers)))),
         activations=Activations(
             embedding=2 * hidden,
-            layer=in_layer,
+            layer=in_layer.peak,
             head=head,
-            earlier=in_earlier,
+            earlier=in_earlier.peak,
             filled=filled,
             # The count does not tell a layer's experts from the rest of it.
-            experts=in_layer,
-            earlier_experts=in_earlier,
-            experts_alone=max(in_layer, in_earlier),
+            experts=in_layer.peak,
+            earlier_experts=in_earlier.peak,
+            experts_alone=max(in_layer.peak, in_earlier.peak),
+            cpu_layer=in_layer.cpu_peak,
+            earlier_cpu_layer=in_earlier.cpu_peak,
+            projecting=in_layer.projecting,
+            earlier_projecting=in_earlier.projecting,
         ),
     )
 
