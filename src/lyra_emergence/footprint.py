@@ -107,6 +107,7 @@ class Footprint:
         packing: Bytes that packing a layer takes in main memory for a moment while it loads on the CPU.
         heads_per_key: Query heads for each head of keys and values; None where config.json names none.
         notes: What the figures rest on where config.json did not say it all.
+        fused: Whether layers on the CPU are of a kind that Lyra's kernels run in one call.
     """
 
     blocks: tuple[BlockFootprint, ...]
@@ -118,6 +119,7 @@ class Footprint:
     packing: int = 0
     heads_per_key: float | None = None
     notes: tuple[str, ...] = ()
+    fused: bool = False
 
     @property
     def weights(self) -> int:
@@ -128,6 +130,10 @@ class Footprint:
     def kv_cache(self) -> int:
         """Bytes of the whole KV cache at the full context length."""
         return sum(block.kv_cache for block in self.blocks)
+
+
+FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose layers `runtime/cpu/decoder.py` runs in one call, where no window slides."""
 
 
 def default_context(index: CheckpointIndex) -> int:
@@ -203,6 +209,7 @@ def estimate_footprint(
         packing=_PACKING_BYTES * _largest_projection(index) if quantization else 0,
         heads_per_key=shape.heads / shape.key_heads if shape.key_heads else None,
         notes=_notes(index, shape, trial),
+        fused=index.text_config.get("model_type") in FUSED_TYPES and shape.masks == 1 and batch == 1,
     )
 
 

@@ -264,6 +264,19 @@ def test_a_layer_that_asks_for_something_else_is_left_alone(kernels: library.Lib
     assert not decoder.agrees(model, model.model.layers[0], kernels)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_alone(kernels: library.Library, dtype: torch.dtype) -> None:
+    query, keys, values = (
+        torch.randn(6, 40).to(dtype),
+        torch.randn(1, 3, 50, 40).to(dtype),
+        torch.randn(1, 3, 50, 40).to(dtype),
+    )
+    exact = functional.scaled_dot_product_attention(
+        query.double().view(1, 6, 1, 40), keys.double(), values.double(), enable_gqa=True
+    ).view(6, 40)
+    assert _error(kernels.attend(query, keys, values, 1), exact) < {torch.float32: 1e-6}.get(dtype, 5e-3)
+
+
 def test_a_mask_goes_the_old_way(kernels: library.Library) -> None:
     model = _tiny("Llama", torch.float32)
     ids = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]])

@@ -184,6 +184,25 @@ def test_packed_layers_read_slower_and_pay_for_small_operators(
     assert decode_seconds(speed) == pytest.approx(weights / (1e6 * read) + plain + cache + LAYERS * layers * 0.25 + 0.5)
 
 
+def test_layers_in_kernels_have_rates_of_their_own(llama: Footprint, tmp_path: Path) -> None:
+    held = RATES.cpu.dtypes["bfloat16"]
+    kernels = replace(held, fused_layer=exact(0.01), fused_cache=exact(8e6))
+    rates = replace(RATES, cpu=DeviceRates({"bfloat16": kernels}))
+    plain = (LAYERS * LAYER + NORM + TABLE) * ODD_PAGES / 1e6
+    assert llama.fused
+    speed = predict(llama, placed(llama), rates, heads_per_key=1)
+    assert decode_seconds(speed) == pytest.approx(plain + LAYERS * CACHE / 2 / 8e6 + LAYERS * 0.01 + 0.5)
+    # Another kind of layer goes through its own forward pass.
+    speed = predict(replace(llama, fused=False), placed(llama), rates, heads_per_key=1)
+    assert decode_seconds(speed) == pytest.approx(plain + LAYERS * CACHE / 2 / 4e6 + LAYERS * 0.25 + 0.5)
+    packed = estimate_footprint(paper.llama(tmp_path / "packed"), quantization="4bit")
+    speed = predict(packed, placed(packed), rates, heads_per_key=1)
+    weights = sum(block.weights for block in packed.blocks if block.kind == "layer")
+    rest = (NORM + TABLE) * ODD_PAGES / 1e6 + LAYERS * CACHE / 2 / 8e6 + LAYERS * 0.01 + 0.5
+    assert decode_seconds(speed) == pytest.approx(weights / 0.9e6 + rest)
+    assert MachineRates.from_json(rates.to_json()) == rates
+
+
 def test_a_batch_counts_all_its_sequences(tmp_path: Path) -> None:
     pair = estimate_footprint(paper.llama(tmp_path), batch=2)
     speed = predict(pair, placed(pair), RATES, heads_per_key=1)

@@ -59,6 +59,8 @@ class DtypeRates:
         cache_shared: The same with `SHARED_HEADS` query heads for each head of keys.
         layer: Seconds that a layer costs a token beside reading its weights: Python and small operators.
         token: Seconds that a token costs beside its layers.
+        fused_layer: As `layer`, where the whole layer runs in one call of Lyra's kernels; None where there are none.
+        fused_cache: Bytes/s of keys and values that they attend to.
     """
 
     read: Band
@@ -67,8 +69,11 @@ class DtypeRates:
     cache_shared: Band
     layer: Band
     token: Band
+    fused_layer: Band | None = None
+    fused_cache: Band | None = None
 
 
+_OPTIONAL = ("fused_layer", "fused_cache")
 SHARED_HEADS = 4
 """Query heads for each head of keys where `cache_shared` is measured."""
 
@@ -129,10 +134,14 @@ class MachineRates:
 
 def _device(held: Any) -> DeviceRates:
     dtypes = {
-        str(name): DtypeRates(**{key: _band(band) for key, band in rates.items()})
+        str(name): DtypeRates(**{key: _rate(key, band) for key, band in rates.items()})  # type: ignore[arg-type]
         for name, rates in held["dtypes"].items()
     }
     return DeviceRates(dtypes, _band_or_none(held["copy"]), _band_or_none(held["crossing"]))
+
+
+def _rate(name: str, held: Any) -> Band | None:
+    return None if held is None and name in _OPTIONAL else _band(held)
 
 
 def _band_or_none(held: Any) -> Band | None:

@@ -42,6 +42,8 @@ _PACKED_READ = {"8bit": 0.6, "4bit": 0.65}
 """Packed bytes that bitsandbytes reads for each byte that the unpacked product would, in the same time."""
 _PACKED_LAYERS = {"8bit": 3.0, "4bit": 0.5}
 """What packing adds to each layer's own seconds, in layers: each projection is several small operators more."""
+_KERNELS_PACKED_READ = {"8bit": 1.0, "4bit": 0.9}
+"""The same of Lyra's kernels on the CPU, which unpack in registers."""
 _PACKED_ERROR: _Error = (1.8, 2.0)
 _FILE_ERROR: _Error = (1.25, 3.0)
 """On reading from a map page by page instead of in pieces, while the kernel drops what comes next."""
@@ -110,7 +112,7 @@ def predict(
     """
     works = _works(footprint, placements, active_share or {})
     devices = [
-        _Device(name, work, found, rates.file_read, footprint.quantization, heads_per_key)
+        _Device(name, work, found, rates.file_read, footprint.quantization, heads_per_key, footprint.fused)
         for name, work in works.items()
         if (found := _measured(rates, name, footprint.dtype)) is not None and (rates.file_read or not work.streamed)
     ]
@@ -181,6 +183,7 @@ class _Device:
     file_read: Band | None
     packing: Quantization | None
     heads_per_key: float | None
+    fused: bool = False
 
     def decode(self) -> Band:
         """Return the seconds of a token."""
@@ -188,12 +191,22 @@ class _Device:
         works = [
             self.rates.read.under(self.work.plain * mapped).widened(*_READ_ERROR),
             self._streamed(),
-            _seconds_per_byte(self.rates, self.heads_per_key).times(self.work.cached).widened(*_CACHE_ERROR),
+            self._cached().widened(*_CACHE_ERROR),
         ]
         if self.packing:
-            packed = self.rates.read.times(_PACKED_READ[self.packing]).under(self.work.packed)
-            works.append(packed.widened(*_PACKED_ERROR))
+            share = (_KERNELS_PACKED_READ if self._has_kernels() else _PACKED_READ)[self.packing]
+            works.append(self.rates.read.times(share).under(self.work.packed).widened(*_PACKED_ERROR))
+        if self.fused and self.rates.fused_layer is not None:
+            return _total(works) + self.rates.fused_layer.times(self.work.layers).widened(*_LAYER_ERROR)
         return self._with_layers(_total(works))
+
+    def _has_kernels(self) -> bool:
+        return self.rates.fused_layer is not None
+
+    def _cached(self) -> Band:
+        if self.fused and self.rates.fused_cache is not None:
+            return self.rates.fused_cache.under(self.work.cached)
+        return _seconds_per_byte(self.rates, self.heads_per_key).times(self.work.cached)
 
     def prefill(self, tokens: int) -> Band:
         """Return the seconds of a chunk of `tokens`."""
@@ -237,8 +250,13 @@ def _rests_on(devices: Sequence[_Device], footprint: Footprint) -> str:
     parts += [f"{format_bytes(cached)} of KV cache (half of {footprint.context_length} tokens)"] if cached else []
     listed = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1]))) if parts else "nothing"
     layers = sum(device.work.layers for device in devices)
-    slowest = 1000 * max(device.rates.layer.likely for device in devices)
+    slowest = 1000 * max(_layer_seconds(device) for device in devices)
     return f"a token reads {listed}, and each of {layers} layers adds {slowest:.3g} ms"
+
+
+def _layer_seconds(device: _Device) -> float:
+    fused = device.rates.fused_layer if device.fused else None
+    return (fused or device.rates.layer).likely
 
 
 def _reads(device: _Device) -> Iterator[str]:

@@ -57,6 +57,8 @@ _KEY_HEADS, _HEAD_WIDTH = 8, 128
 _PREFILL_ROWS, _TRIAL_ROWS = 1024, 16
 _LONG_RUN = 0.005
 """Seconds from which a product is long enough to be timed."""
+_MOST_STEPS = 1024
+"""Tokens that the tiny models have room for; more take a larger room."""
 _LEAST_SHARE = 0.1
 """Share of a tiny model's token that a layer, or what is beside the layers, costs at least."""
 _PIECE = 4 * 2**20
@@ -163,6 +165,10 @@ class _Series:
         """Return the seconds of the first run."""
         return _band([sample[0] for sample in self.samples])
 
+    def fastest(self) -> Band:
+        """Return the seconds of the run that was the fastest by its median."""
+        return min((_band(list(times)) for times in zip(*self.samples, strict=True)), key=lambda band: band.likely)
+
     def _sample(self) -> list[float]:
         return [_clocked(run, self._device) for run in self._runs]
 
@@ -178,26 +184,99 @@ class _DtypeProbe:
         self._read_bytes = matrices[0].nbytes if on_cpu else matrices.nbytes
         cache, self._cache_bytes = _cache(device, dtype)
         # On an accelerator one after the other without waiting, as its queue runs them.
-        self._read = _Series(device, _product(matrices, 1, each, times=1 if on_cpu else len(matrices)))
+        kernels = _Kernels.find(dtype) if on_cpu else None
+        read = _product(matrices, 1, each, times=1 if on_cpu else len(matrices))
+        self._read = _Series(device, *((read,) if kernels is None else (read, kernels.product(each))))
+        self._fused: tuple[_Series, ...] = kernels.series(models) if kernels is not None else ()
         self._matmul = _Series(device, _product(matrices, self._rows, each))
         self._alone, self._shared = (_Series(device, _attention(cache, heads)) for heads in (1, SHARED_HEADS))
         self._steps = _Series(device, *(_stepper(model, device) for model in models), budget=2 * _BUDGET)
-        self.series = (self._read, self._matmul, self._alone, self._shared, self._steps)
+        self.series = (self._read, self._matmul, self._alone, self._shared, self._steps, *self._fused)
 
     def rates(self) -> DtypeRates:
         """Return what was measured."""
         pairs = self._steps.samples
-        # The floors keep figures above zero where noise is larger than they are.
-        layer = [max((more - less) / 2, more * _LEAST_SHARE) for less, more in pairs]
         token = [max(2 * less - more, less * _LEAST_SHARE) for less, more in pairs]
+        fused = self._fused[0].samples if self._fused else ()
         return DtypeRates(
-            read=self._read.band().under(self._read_bytes),
+            read=self._read.fastest().under(self._read_bytes),
             matmul=self._matmul.band().under(2 * self._rows * _WIDTH * _WIDTH),
             cache_alone=self._alone.band().under(self._cache_bytes),
             cache_shared=self._shared.band().under(self._cache_bytes),
-            layer=_band(layer),
+            layer=_band(_layers(pairs)),
             token=_band(token),
+            fused_layer=_band(_layers(fused)) if fused else None,
+            fused_cache=self._fused[1].band().under(self._cache_bytes) if fused else None,
         )
+
+
+def _layers(pairs: Sequence[Sequence[float]]) -> list[float]:
+    """Return the seconds of a layer, from those of models of 2 and 4 layers."""
+    # The floor keeps figures above zero where noise is larger than they are.
+    return [max((more - less) / 2, more * _LEAST_SHARE) for less, more in pairs]
+
+
+class _Kernels:
+    """Lyra's kernels for single tokens on the CPU, measured as decoding uses them."""
+
+    def __init__(self, library: Any, dtype: torch.dtype) -> None:
+        self._library = library
+        self._dtype = dtype
+
+    @classmethod
+    def find(cls, dtype: torch.dtype) -> _Kernels | None:
+        """Return them, compiled first where they are not there yet; None where that cannot be done."""
+        from lyra_emergence.runtime.cpu.library import find_library
+
+        library = find_library()
+        return cls(library, dtype) if library is not None else None
+
+    def product(self, each: Iterator[torch.Tensor]) -> Callable[[], object]:
+        """Return a function that multiplies one token with the next matrix."""
+        import ctypes
+
+        import torch
+
+        from lyra_emergence.runtime.cpu.linear import KINDS, matrix_of
+
+        x, y = (torch.full((1, _WIDTH), 0.5, dtype=self._dtype) for _ in range(2))
+        kind, threads = KINDS[self._dtype], torch.get_num_threads()
+
+        def run() -> None:
+            matrix = matrix_of(next(each), None)
+            assert matrix is not None  # the probe's matrices are whole and on the CPU
+            self._library.linear(x.data_ptr(), y.data_ptr(), kind, 1, ctypes.byref(matrix), threads)
+
+        return run
+
+    def series(self, models: Sequence[Any]) -> tuple[_Series, _Series]:
+        """Return the runs of single tokens through fused layers, and of attention to a cache."""
+        import torch
+
+        from lyra_emergence.runtime.cpu.decoder import fuse
+
+        cpu = torch.device("cpu")
+        fused = [copy.deepcopy(model) for model in models]
+        for model in fused:
+            for layer in model.model.layers:
+                fuse(layer, self._library)
+        steps = _Series(cpu, *(_stepper(model, cpu, roomy=True) for model in fused), budget=2 * _BUDGET)
+        attention = self._attention()
+        return steps, _Series(cpu, attention)
+
+    def _attention(self) -> Callable[[], object]:
+        """Return a function that looks at all of a layer's keys and values."""
+        import torch
+
+        cache, _ = _cache(torch.device("cpu"), self._dtype)
+        query = torch.ones((SHARED_HEADS * _KEY_HEADS, _HEAD_WIDTH), dtype=self._dtype)
+        each = cycle(cache)
+
+        def run() -> None:
+            keys, values = next(each)
+            self._library.attend(query, keys, values, torch.get_num_threads())
+
+        return run
 
 
 class _Transfers:
@@ -287,15 +366,19 @@ def _tiny_model(layers: int) -> Any:
         return LlamaForCausalLM(config).eval()
 
 
-def _stepper(model: Any, device: torch.device) -> Callable[[], object]:
+def _stepper(model: Any, device: torch.device, *, roomy: bool = False) -> Callable[[], object]:
     """Return a function that runs one token through a model and waits for its logits."""
     import torch
+
+    from lyra_emergence.runtime.kv_cache import give_room
 
     cache: dict[str, Any] = {}
 
     def step() -> int:
         token = torch.tensor([[1]], device=device)  # (batch, tokens)
         output = model(input_ids=token, use_cache=True, logits_to_keep=1, **cache)
+        if roomy and not cache:
+            give_room({"": output.past_key_values}, range(len(model.model.layers)), _MOST_STEPS)
         cache["past_key_values"] = output.past_key_values
         return int(output.logits[:, -1].float().argmax(-1))
 

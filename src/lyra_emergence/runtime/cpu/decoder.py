@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +115,9 @@ class _Forward:
     """The forward pass of one layer."""
 
     def __init__(self, layer: nn.Module, library: Library, shape: _Shape) -> None:
-        self._whole: Any = layer.forward
+        # Not the layer itself: it holds this, and neither would go without a collection of garbage.
+        self._layer = weakref.ref(layer)
+        self._whole: Any = type(layer).forward
         self._library = library
         self._shape = shape
         self._norms = [name for name, path in _NORMS.items() if _has(layer, path)]
@@ -131,7 +134,7 @@ class _Forward:
             kept = cache.layers[self._shape.index] if self._shape.index < len(cache.layers) else None
             if isinstance(kept, RoomyLayer) and self._takes(hidden_states, kept, kwargs):
                 return self._run(hidden_states, kept, *angles)
-        return self._whole(hidden_states, *args, **kwargs)
+        return self._whole(self._layer(), hidden_states, *args, **kwargs)
 
     def _takes(self, hidden_states: torch.Tensor, kept: RoomyLayer, kwargs: dict[str, Any]) -> bool:
         if kwargs.get("attention_mask") is not None or not kept.get_seq_length() or torch.is_grad_enabled():

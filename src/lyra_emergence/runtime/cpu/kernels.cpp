@@ -712,6 +712,30 @@ int lyra_linear(const void* x, void* y, int kind, int64_t tokens, const Matrix* 
   return 0;
 }
 
+// Attention of one token to a cache, as in `lyra_layer`: for measuring it. query, output: (heads, head_size).
+int lyra_attend(const void* query, void* output, int kind, const void* keys, const void* values, int64_t heads,
+                int64_t key_heads, int64_t tokens, int64_t size, float scaling, int threads) {
+  thread_local std::vector<float> own, seen, scores;
+  try {
+    own.resize(heads * size);
+    seen.resize(heads * size);
+    scores.resize(static_cast<size_t>(threads) * tokens);
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
+  float *const from = own.data(), *const to = seen.data(), *const weights = scores.data();
+  for (int64_t i = 0; i < heads * size; ++i) from[i] = load(query, kind, i);
+  in_threads(threads, [&](int number, int of) {
+    for (int64_t head = heads * number / of; head < heads * (number + 1) / of; ++head) {
+      const int64_t at = head / (heads / key_heads) * tokens * size;
+      attend(from + head * size, row_of(keys, kind, at), row_of(values, kind, at), kind, tokens, size, scaling,
+             weights + number * tokens, to + head * size);
+    }
+  });
+  for (int64_t i = 0; i < heads * size; ++i) store(output, kind, i, to[i]);
+  return 0;
+}
+
 // Bytes of a packed matrix: codes, then scales.
 int64_t lyra_packed_codes(int kind, int64_t rows, int64_t columns) {
   const int64_t tiles = (rows + kTile - 1) / kTile, groups = columns / kGroup;

@@ -25,6 +25,8 @@ from lyra_emergence.cache_files import cache_path
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
+
 __all__ = ["Layer", "Library", "Matrix", "find_library", "is_compiled", "why_none"]
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -83,6 +85,10 @@ _SIGNATURES: dict[str, tuple[type, list[type]]] = {
         ctypes.c_int,
         [_POINTER, _POINTER, _POINTER, _POINTER, ctypes.c_int, _POINTER, _POINTER, _SIZE, _SIZE, ctypes.c_int],
     ),
+    "lyra_attend": (
+        ctypes.c_int,
+        [_POINTER, _POINTER, ctypes.c_int, _POINTER, _POINTER, *[_SIZE] * 4, ctypes.c_float, ctypes.c_int],
+    ),
     "lyra_packed_codes": (_SIZE, [ctypes.c_int, _SIZE, _SIZE]),
     "lyra_packed_scales": (_SIZE, [ctypes.c_int, _SIZE, _SIZE]),
     "lyra_pack": (
@@ -116,6 +122,23 @@ class Library:
     def layer(self, *arguments: object) -> None:
         """Call `lyra_layer`; raises as `linear`."""
         _check(self._library.lyra_layer(*arguments))
+
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, threads: int) -> torch.Tensor:
+        """Return what each head of `query`, (heads, size), sees in keys and values, (1, key heads, tokens, size).
+
+        Raises:
+            MemoryError: Memory was refused.
+        """
+        import torch
+
+        from lyra_emergence.runtime.cpu.linear import KINDS
+
+        output = torch.empty_like(query)
+        heads, size = query.shape
+        _, key_heads, tokens, _ = keys.shape
+        addresses = (query.data_ptr(), output.data_ptr(), KINDS[query.dtype], keys.data_ptr(), values.data_ptr())
+        _check(self._library.lyra_attend(*addresses, heads, key_heads, tokens, size, size**-0.5, threads))
+        return output
 
     def pack(self, *arguments: object) -> None:
         """Call `lyra_pack`; raises as `linear`."""
