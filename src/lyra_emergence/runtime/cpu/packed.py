@@ -2,7 +2,7 @@
 
 8 bits: a byte and, for each row, a float32 scale. 4 bits: the 16 levels of NF4 and a float16 scale for every 32 inputs,
 so that an outlier spoils half as many neighbours as in bitsandbytes' blocks of 64, at the same bytes. Steps of
-few tokens multiply the packed weights, with inputs rounded to 8 bits; prompts unpack some rows at a time for torch.
+few tokens multiply the packed weights, with inputs rounded to 8 bits; prompts unpack them for torch.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from lyra_emergence.footprint import Quantization
     from lyra_emergence.runtime.cpu.library import Library
 
-__all__ = ["UNPACKED_ROWS", "PackedProjection", "packs", "tensors_of"]
+__all__ = ["PackedProjection", "packs", "tensors_of"]
 
-UNPACKED_ROWS = 512
-"""Rows that are unpacked at once: few enough to stay in the CPU's caches until they are multiplied."""
 _GROUP = 32
 _TILE = 16
 _PACKED = {"8bit": 3, "4bit": 4}
@@ -97,11 +95,8 @@ class PackedProjection(nn.Module):
         return y
 
     def _unpacking(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype)
-        for first in range(0, self.out_features, UNPACKED_ROWS):
-            count = min(UNPACKED_ROWS, self.out_features - first)
-            y[..., first : first + count] = functional.linear(x, self.unpacked(x.dtype, first, count))
-        return y if self.bias is None else y.add_(self.bias)
+        # Whole, as bitsandbytes does: a plan's figure holds whoever packed. Some rows at a time would take less.
+        return functional.linear(x, self.unpacked(x.dtype), self.bias)
 
     def unpacked(self, dtype: torch.dtype, first: int = 0, count: int | None = None) -> torch.Tensor:
         """Return rows of the matrix, (count, inputs)."""
