@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
