@@ -64,6 +64,8 @@ class LoadProgress:
     def __call__(self, event: LoadEvent) -> None:
         """Show one event."""
         self._console.debug(f"{time.monotonic() - self._started:6.2f} s  {event.kind}: {event.message}")
+        if self._bar is not None and event.kind == "compile":
+            self._bar.update(self._task, description=event.message)
         if self._bar is not None and event.total:
             self._bar.update(self._task, description="loading", completed=event.done, total=event.total)
             self._bar.update(self._task, amount=f"{format_bytes(event.done)} of {format_bytes(event.total)}")
