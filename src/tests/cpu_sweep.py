@@ -265,8 +265,11 @@ class Runner:
         return Run(nth, persistent, outcome, allocations, self._allocator.live)
 
     def _alone(self) -> str:
-        with _limited(self._room):
-            return self._outcome(self._load_and_answer)
+        def action() -> None:
+            with _limited(self._room):
+                self._load_and_answer()
+
+        return self._outcome(action)
 
     def _shared(self) -> str:
         """Two answers to two prompts from one model, side by side."""

@@ -69,7 +69,7 @@ def check(sweeper: Sweeper, case: Case, count: int) -> None:
     for nth in spread(total, count):
         for persistent in (False, True):
             run = sweeper.run(case, nth, persistent=persistent)
-            assert run.as_asked, run
+            assert run.as_asked, f"{nth}, {persistent}: {run.outcome}"
 
 
 PROBE = """
@@ -131,21 +131,22 @@ def test_large_allocations_that_are_refused_for_good_are_done_without(sweeper: S
     for nth in spread(total, 5):
         run = sweeper.run(case, nth, persistent=True)
         # Shorter chunks of the prompt stay below a megabyte.
-        assert run.outcome == "right", run
+        assert run.outcome == "right", run.outcome
 
 
 def test_converted_weights_are_let_go_where_nothing_else_helps(sweeper: Sweeper, wide: Path) -> None:
     case = Case(str(wide), Refusing(aligned=0), {"device_map": "cpu", "dtype": "float32"}, LONG)
     # Half a megabyte is too little for a chunk of 64 tokens. Converted, the layers take 21 MB.
     run = sweeper.run(case, 0, persistent=True, cap=MiB // 2)
-    assert run.outcome == "right", run
+    assert run.outcome == "right", run.outcome
 
 
 def test_an_address_space_that_is_full(sweeper: Sweeper, wide: Path) -> None:
     case = Case(str(wide), Refusing(), prompt=LONG)
-    outcomes = [sweeper.run(case, 0, persistent=True, room=room * MiB) for room in (0, 2, 8, 512)]
-    assert all(run.as_asked for run in outcomes), outcomes
-    assert outcomes[-1].outcome == "right", outcomes
+    for room in (0, 2, 8):
+        run = sweeper.run(case, 0, persistent=True, room=room * MiB)
+        assert run.as_asked, run.outcome
+    assert sweeper.run(case, 0, persistent=True, room=512 * MiB).outcome == "right"
 
 
 def test_two_answers_from_one_model(sweeper: Sweeper, checkpoints: Checkpoints) -> None:
