@@ -108,9 +108,11 @@ def load(
         MissingExtraError: Quantization is asked for and bitsandbytes is not installed.
     """
     tell = on_event or (lambda _: None)
+    from lyra_emergence.runtime.compute_threads import settle_for_fewer_threads
     from lyra_emergence.runtime.kernel_caches import keep_few_kernels
     from lyra_emergence.runtime.memory import free_bytes, give_back, return_freed_memory
 
+    settle_for_fewer_threads()
     keep_few_kernels()
     for left in reversed(range(_TRIES)):
         return_freed_memory()

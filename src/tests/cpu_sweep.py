@@ -173,6 +173,7 @@ class _Child:
 
 
 def main() -> None:
+    faulthandler.enable()
     # Others than the answers go to the terminal's other stream.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -18,6 +18,7 @@ from torch import nn
 
 from lyra_emergence.errors import CheckpointError
 from lyra_emergence.main_memory import require
+from lyra_emergence.runtime.compute_threads import settle_for_fewer_threads
 from lyra_emergence.runtime.passing import Passing
 from lyra_emergence.runtime.quantized import quantized_module, replaces
 from lyra_emergence.runtime.side_by_side import side_by_side
@@ -74,6 +75,7 @@ class _Copies:
         return isinstance(home, nn.Parameter) and home.is_floating_point() and home.dtype != self._form.dtype
 
     def _copy(self, home: torch.Tensor, device: str) -> torch.Tensor:
+        settle_for_fewer_threads()
         data = home.detach()
         if device == "cpu":
             require(data.numel() * self._form.dtype.itemsize, "a copy of a weight in another form")

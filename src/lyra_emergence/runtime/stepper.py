@@ -17,6 +17,7 @@ import torch
 from lyra_emergence.errors import DoesNotFitError, is_out_of_memory, lost_onednn, without_frames
 from lyra_emergence.footprint import PREFILL_CHUNK
 from lyra_emergence.load_report import LoadEvent
+from lyra_emergence.runtime.compute_threads import settle_for_fewer_threads
 from lyra_emergence.runtime.headroom import Headroom
 from lyra_emergence.runtime.kv_cache import (
     cut_back,
@@ -242,6 +243,8 @@ class Stepper:
     @torch.inference_mode()
     def _run(self) -> torch.Tensor:
         with self._loaded.step_lock:
+            if settle_for_fewer_threads():
+                self._loaded.tell(LoadEvent("note", "no more threads can be started: one computes"))
             self._climb_now_and_then()
             # Without caches (a model that returns none) everything so far runs again.
             end = min(len(self._seen), self._held + self._chunk)
