@@ -185,7 +185,6 @@ class _Program(TyperGroup):
         with formatter.section("Commands"):
             rows = [(key, command.get_short_help_str(70).rstrip(".")) for key, command in self.commands.items()]
             formatter.write_dl([row for row in rows if row[0] != _DEFAULT_COMMAND])
-        formatter.write("\nAny other first word begins the PROMPT; `--` in front forces that.\n")
 
 
 app = typer.Typer(
@@ -194,7 +193,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Chat over your journal with a language model placed in this machine's memory.\n"
-    "A PROMPT gets one answer. Piped text goes before it, or is the prompt itself.",
+    "A PROMPT gets one answer. Piped text goes before it, or is the prompt itself.\n"
+    "A first word that is no command begins the PROMPT; `--` in front forces that.",
 )
 
 ModelConfigOption = Annotated[
