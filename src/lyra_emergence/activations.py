@@ -100,8 +100,8 @@ class Activations:
         return replace(self, layer=layer, earlier=earlier, experts=0, earlier_experts=0, experts_alone=0)
 
     def with_unfused_attention(self, shape: ModelShape, context: int, batch: int, chunk: int) -> Activations:
-        """Return the figures with what attention takes on the CPU, whose fused kernel wants keys as wide as values."""
-        if shape.key_width == shape.value_width:
+        """Return the figures with what attention takes on the CPU where it is not fused there, on top of the layer."""
+        if _is_fused(shape):
             return self
         whole, rest = context // chunk * chunk, context % chunk
         if not whole or not rest:
@@ -139,24 +139,37 @@ def estimate_activations(shape: ModelShape, context: int, batch: int, chunk: int
         filled=shape.filled(whole, context, chunk),
         cpu_layer=last.cpu_layer,
         earlier_cpu_layer=earlier.cpu_layer,
+        projecting=last.projecting,
+        earlier_projecting=earlier.projecting,
         experts=last.experts,
         earlier_experts=earlier.experts,
         experts_alone=max(earlier.experts_alone, last.experts_alone),
     )
 
 
+def _is_fused(shape: ModelShape) -> bool:
+    """Return whether attention runs fused on the CPU, which wants keys as wide as values."""
+    return shape.key_width == shape.value_width
+
+
 def _scores(shape: ModelShape, tokens: int, context: int, batch: int) -> int:
-    """Scores of every head and their softmax, the mask twice, and what is of lower precision, all in float32."""
+    """What attention makes where it is not fused, beside its inputs.
+
+    Scores of every head and their softmax in float32, and which of them are infinite; the queries scaled; all inputs in
+    float32; and where it gets no mask, one of its own in two forms.
+    """
     reach = shape.reach(context, tokens)
-    matrices = 2 * (shape.heads + 1) * tokens * reach
-    widths = shape.heads * (shape.key_width + shape.value_width)
-    converted = (tokens + reach) * widths if shape.itemsize < _FLOAT32 else 0
-    return batch * (matrices + converted) * _FLOAT32
+    matrices = shape.heads * tokens * reach * (2 * _FLOAT32 + _BOOL)
+    scaled = tokens * shape.heads * shape.key_width * _FLOAT32
+    converted = scaled + reach * shape.heads * (shape.key_width + shape.value_width) * _FLOAT32
+    mask = 0 if _is_masked(shape, tokens, reach) else tokens * reach * (shape.itemsize + _BOOL)
+    return batch * (matrices + scaled + (converted if shape.itemsize < _FLOAT32 else 0) + mask)
 
 
 def _in_a_pass(shape: ModelShape, tokens: int, context: int, batch: int) -> Activations:
     """Return an upper estimate for a pass of `tokens` tokens that are the last of `context`."""
     rows = tokens * batch
+    beside = _packed(shape, tokens, context, batch) if _is_fused(shape) else _scores(shape, tokens, context, batch)
     narrow, context = shape.narrow(context, tokens), shape.reach(context, tokens)
     hidden = rows * shape.hidden * shape.itemsize
     logits = batch * shape.vocab * (shape.itemsize + _FLOAT32)
@@ -175,7 +188,8 @@ def _in_a_pass(shape: ModelShape, tokens: int, context: int, batch: int) -> Acti
         embedding=2 * hidden,
         layer=throughout + in_layer,
         head=head,
-        cpu_layer=throughout + attention + _packed(shape, tokens, context, batch),
+        cpu_layer=throughout + attention + beside,
+        projecting=throughout + _projecting(shape, rows, attention),
         experts=throughout + experts if experts else 0,
         experts_alone=hidden + experts if experts else 0,
     )
@@ -212,7 +226,19 @@ def _attention(shape: ModelShape, tokens: int, context: int, batch: int) -> int:
 def _packed(shape: ModelShape, tokens: int, context: int, batch: int) -> int:
     """Return what `packed_keys` says for this shape."""
     widths = shape.key_width + shape.value_width
-    return packed_keys(batch * shape.heads, tokens, context, widths, shape.itemsize)
+    return packed_keys(batch * shape.heads, tokens, shape.reach(context, tokens), widths, shape.itemsize)
+
+
+def _projecting(shape: ModelShape, rows: int, attention: int) -> int:
+    """What a layer has made as a projection returns: queries, keys and values, or the MLP without its product.
+
+    Of the MLP's tensors, the one that is made of the others is there before the last projection or after the first.
+    """
+    hidden = rows * shape.hidden * shape.itemsize
+    heads = shape.heads * shape.key_width + shape.key_heads * (shape.key_width + shape.value_width)
+    mlp = (shape.mlp_copies - 1) * rows * max(shape.intermediate, shape.shared_width) * shape.itemsize
+    # What is expanded from a latent is a projection's result; in parallel, attention's is there while the MLP runs.
+    return (2 + shape.parallel) * hidden + max(attention if shape.latent else rows * heads * shape.itemsize, mlp)
 
 
 def packed_keys(heads: int, tokens: int, context: int, widths: int, itemsize: int) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.errors import DoesNotFitError
-from lyra_emergence.framework import private_bytes
+from lyra_emergence.framework import kernel_buffers, private_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,13 +28,9 @@ if TYPE_CHECKING:
     from lyra_emergence.loading import LoadedModel
     from lyra_emergence.plan import Plan
 
-__all__ = ["KERNEL_BUFFERS", "LOW_PRECISION_BUFFERS", "DeviceCheck", "PlanCheck", "check_plan"]
+__all__ = ["DeviceCheck", "PlanCheck", "check_plan"]
 
 JSON_FORMAT = "lyra.check/1"
-KERNEL_BUFFERS = 11 * 2**20
-"""Main memory that kernels' scratch and the allocator's loose ends take beside tensors: 1 to 10 MiB were measured."""
-LOW_PRECISION_BUFFERS = 17 * 2**20
-"""The same where the dtype is not float32."""
 _NEW_TOKENS = 4
 _STRIDE = 7919
 """A prime: the prompt takes its tokens from all over the vocabulary."""
@@ -213,14 +209,14 @@ def _devices(plan: Plan, held: dict[str, int | None], peaks: dict[str, int | Non
         if use.device == "disk" or not use.used:
             continue
         private = use.weights - use.mapped
-        buffers = _kernel_buffers(plan) if use.device == "cpu" else 0
-        predicted = private + use.kv_cache + use.activations + buffers
+        running = use.kv_cache + use.activations
+        if use.device == "cpu":
+            running += kernel_buffers(plan.footprint.dtype, plan.footprint.kernels)
+            # Layers are packed before any kernel runs.
+            running = max(running, use.packing + kernel_buffers(plan.footprint.dtype, 0))
+        predicted = private + running
         checks.append(DeviceCheck(use.device, predicted, peaks[use.device], private, held[use.device], use.mapped))
     return tuple(checks)
-
-
-def _kernel_buffers(plan: Plan) -> int:
-    return KERNEL_BUFFERS if plan.footprint.dtype == "float32" else LOW_PRECISION_BUFFERS
 
 
 class _Accelerator:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lyra_emergence.activations import KNOWN_TYPES, Activations, estimate_activations
 from lyra_emergence.errors import ConfigError
+from lyra_emergence.framework import KERNELS_KEPT
 from lyra_emergence.model_shape import ModelShape
 
 if TYPE_CHECKING:
@@ -105,6 +106,9 @@ class Footprint:
         quantization: "8bit", "4bit" or None.
         activations: Bytes of temporaries on a device, by the parts of the model that run there.
         packing: Bytes that packing a layer takes in main memory for a moment while it loads on the CPU.
+        kernels: Kernels that oneDNN compiles for a prompt and single tokens on the CPU below float32, at least: one for
+            each shape of a projection and each number of tokens that run at once; as many as it keeps where shapes
+            change with every token (attention that is written out, experts).
         heads_per_key: Query heads for each head of keys and values; None where config.json names none.
         notes: What the figures rest on where config.json did not say it all.
         fused: Whether layers on the CPU are of a kind that Lyra's kernels run in one call.
@@ -117,6 +121,7 @@ class Footprint:
     quantization: Quantization | None
     activations: Activations
     packing: int = 0
+    kernels: int = 0
     heads_per_key: float | None = None
     notes: tuple[str, ...] = ()
     fused: bool = False
@@ -194,8 +199,9 @@ def estimate_footprint(
         for block, loaded in zip(index.blocks, made, strict=True)
     )
     estimated = estimate_activations(shape, context, batch, PREFILL_CHUNK)
-    activations = trial.activations if trial else estimated
-    activations = activations.with_unfused_attention(shape, context, batch, PREFILL_CHUNK)
+    activations = estimated
+    if trial:
+        activations = trial.activations.with_unfused_attention(shape, context, batch, PREFILL_CHUNK)
     if not any(block.kind == "experts" for block in blocks):
         activations = activations.with_experts_in_layers()
     workspace = _quantized_workspace(index, quantization, min(context, PREFILL_CHUNK) * batch, shape.itemsize)
@@ -207,6 +213,7 @@ def estimate_footprint(
         quantization=quantization,
         activations=activations.with_unpacked_projection(workspace),
         packing=_PACKING_BYTES * _largest_projection(index) if quantization else 0,
+        kernels=_kernels(index, context, trial),
         heads_per_key=shape.heads / shape.key_heads if shape.key_heads else None,
         notes=_notes(index, shape, trial),
         fused=index.text_config.get("model_type") in FUSED_TYPES and shape.masks == 1 and batch == 1,
@@ -277,6 +284,17 @@ def _quantized_workspace(index: CheckpointIndex, quantization: Quantization | No
     if quantization == "8bit":
         return max((rows * (8 * outputs + (1 + itemsize) * inputs) for outputs, inputs in shapes), default=0)
     return 0
+
+
+def _kernels(index: CheckpointIndex, context: int, trial: Trial | None) -> int:
+    """Return the kernels that oneDNN compiles, at least; where shapes change with every token, all that it keeps."""
+    if (trial and trial.growing) or any(block.kind == "experts" for block in index.blocks):
+        return KERNELS_KEPT
+    matrices = (index.tensors[name].shape for layer in index.layers for name in layer.tensors)
+    shapes = {shape for shape in matrices if len(shape) == 2}  # noqa: PLR2004
+    chunks = 1 if (trial and trial.whole) or context <= PREFILL_CHUNK else 2
+    # The head sees single tokens alone.
+    return len(shapes) * (chunks + 1) + 1 + (trial.products if trial else 0)
 
 
 def _largest_projection(index: CheckpointIndex) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lyra_emergence.framework import framework_costs, private_bytes
+from lyra_emergence.framework import MOST_KERNEL_BUFFERS, framework_costs, private_bytes
 from lyra_emergence.main_memory import control_group_memory, main_memory
 from lyra_emergence.units import format_bytes
 
@@ -130,7 +130,7 @@ def _probe_cpu() -> tuple[Device, tuple[str, ...]]:
         notes = (f"a control group limits this process to {format_bytes(limit)} of {format_bytes(installed)} RAM",)
     name = platform.processor() or platform.machine()
     # What this process has already is no longer among the free bytes.
-    reserved = max(0, framework_costs().main_memory - private_bytes())
+    reserved = max(0, framework_costs().main_memory + MOST_KERNEL_BUFFERS - private_bytes())
     return Device("cpu", "cpu", None, total, free, reserved, f"{name}, {os.cpu_count()} cores"), notes
 
 

@@ -47,6 +47,7 @@ class ModelShape:
         shared_width: Width of the MLP that every token goes through beside its experts.
         mlp_copies: Tensors of the MLP's width alive at once.
         mlp_inline: Whether the MLP is written out in the layer (OPT), so that its input is gone once it has run.
+        parallel: Whether attention and MLP have the same input (GPT-NeoX).
         masks: Attention masks of the widest layers alive at once: a window's is made from two others.
         turned_share: The share of a key's width that turns with its position; the rest is joined to it anew.
         queries_twice: Whether a second tensor of the queries' size lives beside them: the output of one projection for
@@ -73,6 +74,7 @@ class ModelShape:
     shared_width: int
     mlp_copies: int
     mlp_inline: bool
+    parallel: bool
     masks: int
     turned_share: float
     queries_twice: bool
@@ -137,6 +139,7 @@ class ModelShape:
             shared_width=shared,
             mlp_copies=_mlp_copies(config, index),
             mlp_inline=config.get("model_type") == "opt",
+            parallel=bool(config.get("use_parallel_residual", config.get("model_type") == "gpt_neox")),
             masks=2 if any(windows) or str(config.get("model_type")) in _SECOND_MASK else 1,
             turned_share=_turned_share(config),
             queries_twice=_turned_share(config) < 1 or not any(".q_proj." in name for name in _first_layer(index)),

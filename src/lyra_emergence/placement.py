@@ -57,6 +57,7 @@ class DeviceUse:
         mapped: Bytes of the weights that are a map of the file, whose pages the kernel may take back.
         kv_cache: Keys and values of the blocks that compute there.
         activations: Temporaries at their most while its blocks run.
+        packing: What packing layers takes for a moment in main memory while they load: before there is a KV cache.
         reserved: What the framework itself takes.
         layers: How many layers are there, with or without their experts.
         experts: How many layers' experts are there.
@@ -72,11 +73,17 @@ class DeviceUse:
     layers: int
     mapped: int = 0
     experts: int = 0
+    packing: int = 0
+
+    @property
+    def temporaries(self) -> int:
+        """What comes on top of weights and KV cache, in bytes: activations, or packing where that takes more."""
+        return max(self.activations, self.packing - self.kv_cache)
 
     @property
     def used(self) -> int:
         """Everything together, in bytes."""
-        return self.weights + self.kv_cache + self.activations + self.reserved
+        return self.weights + self.kv_cache + self.temporaries + self.reserved
 
     @property
     def unused(self) -> int:
@@ -105,20 +112,17 @@ def _use(device: str, placements: Sequence[Placement], footprint: Footprint, bud
     blocks = {block.name: block for block in footprint.blocks}
     parts = {kind: True for kind in ("embedding", "layer", "experts", "head") if any(p.kind == kind for p in runs)}
     kv_cache = sum(p.kv_cache for p in runs)
-    activations = footprint.activations.of(**parts, kv_cache=kv_cache, on_cpu=device == CPU)
-    if device == CPU and "layer" in parts:
-        # Packing is over before there is a cache.
-        activations = max(activations, footprint.packing - kv_cache)
     return DeviceUse(
         device=device,
         limit=budget.limit if budget else 0,
         total=budget.total if budget else 0,
         weights=sum(p.weights for p in here) + (_homes(placements, blocks) if device == CPU else 0),
         kv_cache=kv_cache,
-        activations=activations,
+        activations=footprint.activations.of(**parts, kv_cache=kv_cache, on_cpu=device == CPU),
         reserved=budget.reserved if budget and runs else 0,
         layers=sum(p.kind == "layer" for p in here),
         experts=len({blocks[p.block].index for p in here if p.kind == "experts"}),
+        packing=footprint.packing if device == CPU and "layer" in parts else 0,
         mapped=sum(p.weights for p in here if device in (CPU, DISK) and blocks[p.block].mapped),
     )
 
@@ -142,6 +146,6 @@ def refuse(uses: Sequence[DeviceUse], hint: str) -> DoesNotFitError:
     message = (
         f"the model does not fit: it needs {format_bytes(use.used)} of {use.device} (weights "
         f"{format_bytes(use.weights)}, KV cache {format_bytes(use.kv_cache)}, activations "
-        f"{format_bytes(use.activations)}), which has {format_bytes(use.limit)}"
+        f"{format_bytes(use.temporaries)}), which has {format_bytes(use.limit)}"
     )
     return DoesNotFitError(message, needed=use.used, available=use.limit, device=use.device, hint=hint)

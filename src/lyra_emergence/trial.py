@@ -42,10 +42,16 @@ class Trial:
     Attributes:
         kv_cache: Bytes of each layer's cache or recurrent state at their most, by layer number.
         activations: Bytes of temporaries at their most, beside the caches.
+        whole: Whether a prompt runs whole, as a recurrent state takes it.
+        products: Shapes of products of several matrices below float32, as attention that is written out makes them.
+        growing: Whether some of them change with every token.
     """
 
     kv_cache: tuple[int, ...]
     activations: Activations
+    whole: bool = False
+    products: int = 0
+    growing: bool = False
 
 
 def find_trial(
@@ -89,7 +95,13 @@ def _read(path: Path) -> dict[str, Trial]:
         if held["format"] != JSON_FORMAT:
             return {}
         return {
-            key: Trial(tuple(map(int, one["kv_cache"])), Activations(**one["activations"]))
+            key: Trial(
+                tuple(map(int, one["kv_cache"])),
+                Activations(**one["activations"]),
+                whole=bool(one["whole"]),
+                products=int(one["products"]),
+                growing=bool(one["growing"]),
+            )
             for key, one in held["trials"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

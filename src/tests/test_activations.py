@@ -12,6 +12,7 @@ from lyra_emergence.activations import KNOWN_TYPES, Activations
 from lyra_emergence.checkpoint import CheckpointIndex, read_checkpoint
 from lyra_emergence.config import ModelConfig
 from lyra_emergence.footprint import PREFILL_CHUNK, estimate_footprint, is_known
+from lyra_emergence.framework import KERNELS_KEPT, MOST_KERNEL_BUFFERS, kernel_buffers
 from lyra_emergence.generation import Stepper
 from lyra_emergence.loading import load
 from lyra_emergence.machine import probe_machine
@@ -115,6 +116,9 @@ def test_formulas_bound_a_trial_forward_closely(model_type: str, context: int, t
         )
         assert 0.995 * taken <= planned <= 1.5 * taken
         assert made.activations.head >= trial.activations.head
+        # Where a projection of a layer runs; the trial counts the head's, too.
+        inside = max(trial.activations.projecting, trial.activations.earlier_projecting)
+        assert max(made.activations.projecting, made.activations.earlier_projecting) >= 0.995 * inside
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -283,6 +287,25 @@ def test_what_kernels_take_on_the_cpu_is_counted_beside_tensors() -> None:
         assert live.cpu_peak == live.peak
 
 
+def test_kernels_are_counted_by_shapes_and_numbers_of_tokens(tmp_path: Path) -> None:
+    index = described(tmp_path / "llama", "llama")
+    # Of queries and output, of keys and values, of gate and up, and of down: for 1,024 tokens, for what is left of the
+    # prompt and for one token. The head sees one token.
+    for context, kernels in ((512, 4 * 2 + 1), (1024, 4 * 2 + 1), (1025, 4 * 3 + 1), (6000, 4 * 3 + 1)):
+        assert estimate_footprint(index, context_length=context).kernels == kernels
+    mixture = described(tmp_path / "mixtral", "mixtral")
+    assert estimate_footprint(mixture, context_length=512).kernels == KERNELS_KEPT
+    recurrent = described(tmp_path / "mamba2", "mamba2", **_MAMBA2)
+    written_out = described(tmp_path / "bloom", "bloom", n_layer=2, n_head=8)
+    # In and out; the state of a token is multiplied in one shape. A recurrent state takes the prompt whole.
+    for index, kernels in ((recurrent, 2 * 2 + 1 + 1), (written_out, KERNELS_KEPT)):
+        trial, _ = find_trial(index, context=2048, batch=1, dtype="bfloat16", chunk=PREFILL_CHUNK)
+        assert estimate_footprint(index, context_length=2048, trial=trial).kernels == kernels
+    assert kernel_buffers("bfloat16", 5) - kernel_buffers("bfloat16", 0) == 5 * 700 * 1024
+    assert kernel_buffers("bfloat16", 300) == kernel_buffers("bfloat16", KERNELS_KEPT) == MOST_KERNEL_BUFFERS
+    assert kernel_buffers("float32", 300) == kernel_buffers("float32", 0)
+
+
 def test_unpacking_counts_where_a_projection_runs() -> None:
     live = LiveBytes([])
     with torch.inference_mode(), FusedAttention(live), live:
@@ -319,16 +342,25 @@ def test_packed_layers_of_a_tried_type_take_more_only_in_projections(tmp_path: P
 
 
 def test_keys_wider_than_values_are_not_fused_on_the_cpu(tmp_path: Path) -> None:
-    fused = estimate_footprint(described(tmp_path / "llama", "llama"), context_length=700).activations
-    assert fused.of(layer=True, on_cpu=True) == fused.of(layer=True)
-    index = described(tmp_path / "latent", "deepseek_v3")
-    heads = index.config["num_attention_heads"]
-    widths = index.config["qk_nope_head_dim"] + index.config["qk_rope_head_dim"] + index.config["v_head_dim"]
-    for dtype, converted in (("float32", 0), ("bfloat16", 2 * 700 * heads * widths)):
-        latent = estimate_footprint(index, context_length=700, batch=2, dtype=dtype).activations
-        # Scores and their softmax of every head, and a mask twice, in float32; the rest where it is converted.
-        more = 2 * 4 * (2 * (heads + 1) * 700 * 700 + converted)
-        assert latent.of(layer=True, on_cpu=True) == latent.of(layer=True) + more
+    index = described(tmp_path / "latent", "deepseek_v3", intermediate_size=64, moe_intermediate_size=16)
+    heads, key, value = 8, 32 + 16, 32
+    for dtype, size, converted in (
+        ("float32", 4, 0),
+        ("bfloat16", 2, 700 * heads * key + 700 * heads * (key + value)),
+    ):
+        busy = estimate_footprint(index, context_length=700, batch=2, dtype=dtype).activations
+        # Beside inputs, for each of two sequences: scores and softmax in float32, which of them are infinite, scaled
+        # queries, what is converted, and a mask of its own, as a number and as a boolean.
+        more = 700 * 700 * (heads * (4 + 4 + 1) + size + 1) + 4 * (700 * heads * key + converted)
+        attention = 700 * heads * (key + value) + 700 * heads * (key + value) + 700 * heads * key
+        expanded = 700 * heads * (32 + 32 + key)
+        hidden = 3 * 700 * 256 * size
+        throughout = 2 * hidden + 2 * 3 * 700 * 8 + 2 * 2 * 700 * 16 * 4 + 3 * 16 * 4
+        assert busy.of(layer=True, on_cpu=True) == throughout + 2 * (attention + expanded) * size + 2 * more
+    trial, _ = find_trial(index, context=700, batch=2, dtype="bfloat16", chunk=PREFILL_CHUNK)
+    assert trial is not None
+    tried = estimate_footprint(index, context_length=700, batch=2, trial=trial).activations
+    assert tried.of(layer=True, on_cpu=True) == tried.layer + 2 * more
 
 
 def test_experts_that_are_merged_take_main_memory(checkpoints: Callable[[str], Path]) -> None:

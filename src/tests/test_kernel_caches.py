@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from lyra_emergence.runtime.kernel_caches import KERNELS_KEPT, keep_few_kernels
+from lyra_emergence.framework import KERNELS_KEPT
+from lyra_emergence.runtime.kernel_caches import keep_few_kernels
 
 _VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 _PRODUCTS = """

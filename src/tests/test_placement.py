@@ -310,3 +310,13 @@ def test_what_does_not_fit_names_the_device_that_is_shortest() -> None:
         "which has 1.00 kB"
     )
     assert (error.needed, error.available, error.device, error.hint) == (2000, 1000, "cpu", "try less")
+
+
+def test_packing_is_over_before_there_is_a_cache() -> None:
+    footprint = replace(model([(10, 4), (10, 4)], norm=0, head=0, embedding=0, layer_activations=5), packing=20)
+    (cpu,) = measure_use(place(footprint, request(cpu=60)), footprint, (budget("cpu", 60),))
+    # 20 while packing, and 8 of cache and 5 of activations after it.
+    assert (cpu.activations, cpu.packing, cpu.temporaries, cpu.used) == (5, 20, 20 - 8, 20 + 8 + 12)
+    on_gpu = place(footprint, request(60, cpu=60))
+    gpu = measure_use(on_gpu, footprint, (budget("cuda:0", 60),))[0]
+    assert (gpu.packing, gpu.used) == (0, 20 + 8 + 5)

@@ -112,7 +112,7 @@ def _header(plan: Plan, name: str, console: Console) -> Iterator[str]:
 def _device(use: DeviceUse, plan: Plan, console: Console) -> Iterator[str]:
     label = use.device.ljust(max(len(u.device) for u in plan.devices))
     fills = _FILLS if console.can_show("".join(_FILLS)) else _ASCII_FILLS
-    amounts = (use.weights, use.kv_cache, use.activations, use.reserved)
+    amounts = (use.weights, use.kv_cache, use.temporaries, use.reserved)
     if use.limit == 0:
         on_disk = f"{format_bytes(use.used)}, read from the file as it is used"
         yield f"{label}  {on_disk if use.device == DISK else 'nothing free that may be used'}"

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["KERNELS_KEPT", "keep_few_kernels"]
+from lyra_emergence.framework import KERNELS_KEPT
 
-KERNELS_KEPT = 16
-"""A token needs one for every kind of projection and two for attention, 5 to 14 in all; a kernel takes a millisecond to
-compile, so none of these may be lost from one layer to the next."""
+__all__ = ["keep_few_kernels"]
+
 _CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """oneDNN's variable, and torch's for what it keeps of oneDNN's."""
 

@@ -32,6 +32,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         peak: The most that `now` was since `forget_peaks`.
         cpu_peak: The most that it was with what kernels take beside tensors on the CPU.
         projecting: The most that it was as a projection returned.
+        products: Shapes of the products of several matrices below float32, as attention that is written out makes them.
 
     Args:
         known: Tensors that were there before, such as weights; they are not counted.
@@ -40,6 +41,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
+        self.products: set[tuple[torch.Size, ...]] = set()
         self.forget_peaks()
         # Held by their storages' ids; the weak reference says when an id is free again.
         self._seen: dict[int, Any] = {id(storage): storage for storage in (t.untyped_storage() for t in known)}
@@ -65,8 +67,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf.untyped_storage())
-        if func in _PRODUCTS:
-            self.beside(sum(_copied(args[place]) for place in _PRODUCTS[func]))
+        if func in _PRODUCTS and _is_low(result):
+            factors = [args[place] for place in _PRODUCTS[func]]
+            self.products.add(tuple(factor.shape for factor in factors))
+            self.beside(sum(map(_copied, factors)))
         return result
 
     def _see(self, storage: torch.UntypedStorage) -> None:
@@ -86,10 +90,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
 def _copied(matrices: torch.Tensor) -> int:
     """Return the bytes of the copy that oneDNN makes of matrices, (count, rows, columns), with gaps between rows."""
-    _count, rows, columns = matrices.shape
-    packed = ((rows * columns, columns, 1), (rows * columns, 1, rows))
-    is_low = matrices.is_floating_point() and matrices.itemsize < _FLOAT32
-    return matrices.numel() * matrices.itemsize if is_low and matrices.stride() not in packed else 0
+    in_rows = matrices.is_contiguous() or matrices.transpose(1, 2).is_contiguous()
+    return 0 if in_rows else matrices.numel() * matrices.itemsize
+
+
+def _is_low(matrices: torch.Tensor) -> bool:
+    return matrices.is_floating_point() and matrices.itemsize < _FLOAT32
 
 
 class FusedAttention(TorchFunctionMode):

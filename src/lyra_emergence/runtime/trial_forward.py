@@ -102,10 +102,11 @@ def _count(model: Any, context: int, batch: int, chunk: int) -> Trial:
     caches: dict[str, Any] = {}
     layers: list[int] = []
     passes: list[_Pass] = []
-    logits = 0
+    logits = before = 0
     with torch.inference_mode(), FusedAttention(live), live:
         for tokens, counted in _steps(context, feeding):
             live.forget_peaks()
+            before = len(live.products)
             caches, logits = _step(model, feeding, caches, (batch, tokens))
             if not counted:
                 continue
@@ -139,6 +140,9 @@ def _count(model: Any, context: int, batch: int, chunk: int) -> Trial:
             projecting=in_layer.projecting,
             earlier_projecting=in_earlier.projecting,
         ),
+        whole=feeding.chunk is None,
+        products=len(live.products),
+        growing=len(live.products) > before,
     )
 
 
