@@ -74,6 +74,7 @@ class BlockFootprint:
         home: Bytes of main memory that the block's CPU form takes beside copies elsewhere, where it is no map of the
             file: experts stored one by one, which transformers merges into one tensor as it opens the checkpoint.
         home_is_copy: Whether on the CPU those very bytes are what `weights` counts; else they come on top.
+        experts: How many experts there are; 0 in a block of another kind.
         active_share: Of the weights, the share that one token reads: a mixture reads the experts it chooses.
     """
 
@@ -86,6 +87,7 @@ class BlockFootprint:
     home: int = 0
     home_is_copy: bool = True
     active_share: float = 1.0
+    experts: int = 0
     index: int | None = None
 
     @property
@@ -192,8 +194,7 @@ def estimate_footprint(
     name = compute_dtype(index, dtype)
     shape = ModelShape.read(index, itemsize=_TYPE_BITS[TORCH_DTYPES[name]] // 8)
     caches = trial.kv_cache if trial else ()
-    active = shape.experts_per_token / shape.experts if shape.experts else 1.0
-    made = like.blocks if like else _weights(index, name, quantization, min(1.0, active))
+    made = like.blocks if like else _weights(index, name, quantization, shape)
     blocks = tuple(
         replace(loaded, kv_cache=_cache_bytes(block, caches, shape, context, batch))
         for block, loaded in zip(index.blocks, made, strict=True)
@@ -221,9 +222,11 @@ def estimate_footprint(
 
 
 def _weights(
-    index: CheckpointIndex, dtype: str, quantization: Quantization | None, active: float
+    index: CheckpointIndex, dtype: str, quantization: Quantization | None, shape: ModelShape
 ) -> tuple[BlockFootprint, ...]:
-    """Return every block with its weights, and no cache; `active` is the share of its experts that a token reads."""
+    """Return every block with its weights, and no cache."""
+    experts = shape.experts
+    active = min(1.0, shape.experts_per_token / experts) if experts else 1.0
     transposed = index.model_type in _TRANSPOSED
     as_stored = TORCH_DTYPES[dtype] == index.dtype
     return tuple(
@@ -240,6 +243,7 @@ def _weights(
             home=sum(index.tensors[t].nbytes for t in block.tensors if _is_merged(t)),
             home_is_copy=as_stored,
             active_share=active if block.kind == "experts" else 1.0,
+            experts=experts if block.kind == "experts" else 0,
             index=block.index,
         )
         for block in index.blocks

@@ -48,8 +48,24 @@ NORM, TABLE = 2 * 64, 2 * 512 * 64
 CACHE = 1024 * 2 * 32 * 2  # of a layer: 1,024 tokens of keys and values
 LAYERS = 4
 ODD_PAGES = 1.15  # how much slower the map's pages are read than the probe's buffer
-CPU_TIMES = {"read": 1e6, "matmul": 1e9, "cache_alone": 4e6, "cache_shared": 1e6, "layer": 0.25, "token": 0.5}
-GPU_TIMES = {"read": 1e8, "matmul": 1e11, "cache_alone": 4e8, "cache_shared": 1e8, "layer": 0.125, "token": 0.25}
+CPU_TIMES = {
+    "read": 1e6,
+    "matmul": 1e9,
+    "cache_alone": 4e6,
+    "cache_shared": 1e6,
+    "layer": 0.25,
+    "token": 0.5,
+    "kernel": 0.125,
+}
+GPU_TIMES = {
+    "read": 1e8,
+    "matmul": 1e11,
+    "cache_alone": 4e8,
+    "cache_shared": 1e8,
+    "layer": 0.125,
+    "token": 0.25,
+    "kernel": 0.0625,
+}
 
 
 def exact(value: float) -> Band:
@@ -235,6 +251,23 @@ def test_a_chunk_of_prefill_is_the_most_that_runs_at_once(tmp_path: Path) -> Non
     assert speed.prefill_tokens_per_second.likely == pytest.approx(1024 / seconds)
 
 
+@pytest.mark.parametrize(("context", "used"), [(1024, 8), (4, 2 * 2)])
+def test_products_with_experts_pay_for_their_kernels_on_the_cpu(llama: Footprint, context: int, used: int) -> None:
+    at, one = next((at, block) for at, block in enumerate(llama.blocks) if block.kind == "layer")
+    inside = replace(one, name="experts", kind="experts", weights=0, kv_cache=0, experts=8, active_share=0.25)
+    mixture = replace(llama, context_length=context, blocks=(*llama.blocks[: at + 1], inside, *llama.blocks[at + 1 :]))
+    dense = replace(llama, context_length=context)
+
+    def seconds(footprint: Footprint, device: str) -> float:
+        speed = predict(footprint, placed(footprint, device), RATES)
+        assert speed is not None
+        return context // 2 / speed.prefill_tokens_per_second.likely
+
+    # Two products with each expert that a token goes through: of 2 tokens, 2 of 8 each.
+    assert seconds(mixture, "cpu") - seconds(dense, "cpu") == pytest.approx(2 * used * 0.125)
+    assert seconds(mixture, "cuda:0") == pytest.approx(seconds(dense, "cuda:0"))
+
+
 def test_the_band_holds_the_models_error_and_grows_with_the_probes(llama: Footprint) -> None:
     no_overhead = {**CPU_TIMES, "layer": 1e-9, "token": 1e-9, "cache_alone": 1e12, "cache_shared": 1e12}
     steady = replace(RATES, cpu=device_rates(no_overhead))
@@ -312,7 +345,7 @@ def test_the_cpu_is_measured_in_every_dtype(measured: MachineRates) -> None:
     assert list(measured.cpu.dtypes) == ["float32", "bfloat16", "float16"]
     assert (measured.cpu.copy, measured.cpu.crossing) == (None, None)
     for found in measured.cpu.dtypes.values():
-        for name in ("read", "matmul", "cache_alone", "cache_shared", "layer", "token"):
+        for name in ("read", "matmul", "cache_alone", "cache_shared", "layer", "token", "kernel"):
             assert getattr(found, name).low > 0
         # Any machine that runs torch reads more than 10 MB/s and less than 100 TB/s: the unit is bytes/s.
         assert 1e7 < found.read.likely < 1e14
@@ -402,7 +435,7 @@ def test_rates_come_back_as_they_were_kept(home: Path) -> None:
     found = kept()
     assert cached_rates(HERE) == found
     assert rates_path() == home / ".cache/lyra-emergence/rates.json"
-    assert json.loads(rates_path().read_text())["format"] == "lyra.rates/1"
+    assert json.loads(rates_path().read_text())["format"] == "lyra.rates/2"
     assert sorted(path.name for path in rates_path().parent.iterdir()) == ["kernels", "rates.json"]
 
 
@@ -423,7 +456,7 @@ def test_rates_are_measured_once(large_file: Path) -> None:
 
 def _broken(**changes: Any) -> str:
     data = replace(RATES, fingerprint=fingerprint(HERE)).to_json() | changes
-    return json.dumps({"format": "lyra.rates/1", "machines": {fingerprint(HERE): data}})
+    return json.dumps({"format": "lyra.rates/2", "machines": {fingerprint(HERE): data}})
 
 
 @pytest.mark.parametrize(
@@ -433,8 +466,8 @@ def _broken(**changes: Any) -> str:
         "{",
         "[]",
         "null",
-        '{"format": "lyra.rates/1"}',
-        '{"format": "lyra.rates/1", "machines": []}',
+        '{"format": "lyra.rates/2"}',
+        '{"format": "lyra.rates/2", "machines": []}',
         '{"format": "lyra.rates/2", "machines": {}}',
         "[" * 100_000,
         '{"format": "lyra.trials/1", "trials": {}}',

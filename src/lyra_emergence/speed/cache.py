@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cached_rates", "fingerprint", "keep", "rates", "rates_path"]
 
-JSON_FORMAT = "lyra.rates/1"
+JSON_FORMAT = "lyra.rates/2"
 _KEPT = 20
 """Machines that the file holds at most (a home on a network, other numbers of threads); the oldest go first."""
 

@@ -59,6 +59,8 @@ class DtypeRates:
         cache_shared: The same with `SHARED_HEADS` query heads for each head of keys.
         layer: Seconds that a layer costs a token beside reading its weights: Python and small operators.
         token: Seconds that a token costs beside its layers.
+        kernel: Seconds that a product of a new number of rows takes more than one of a number that was there before:
+            oneDNN compiles a kernel for it. Next to nothing in float32 and on accelerators.
         fused_layer: As `layer`, where the whole layer runs in one call of Lyra's kernels; None where there are none.
         fused_cache: Bytes/s of keys and values that they attend to.
     """
@@ -69,6 +71,7 @@ class DtypeRates:
     cache_shared: Band
     layer: Band
     token: Band
+    kernel: Band
     fused_layer: Band | None = None
     fused_cache: Band | None = None
 

@@ -4,12 +4,13 @@ Decoding reads every weight once a token (of a mixture's experts, the active one
 it, and pays for each layer's Python and small operators. On the CPU these times add up; an accelerator works while
 Python prepares what comes next, so the longer of the two counts, and at the worst both.
 
-Prefill is the products of a chunk of tokens with the weights.
+Prefill is the products of a chunk of tokens with the weights. Below float32 on the CPU, each product with an expert's
+weights has a number of rows of its own, and pays for the kernel that oneDNN compiles for it.
 
 The bands hold what the probe's runs differed by, and on top a model error for each part (the constants below), which
 is what the parts differed by on real models. Not covered: recurrent layers and latent attention (their caches are read
-in other ways), blocks of kind "other" (not run for text), a mixture's routing, attention in the prefill of very long
-prompts, and weights that fit the CPU's caches, which are faster than predicted.
+in other ways), blocks of kind "other" (not run for text), a mixture's routing on accelerators, attention in the prefill
+of very long prompts, and weights that fit the CPU's caches, which are faster than predicted.
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ _LAYER_ERROR: _Error = (1.5, 1.8)
 _PREFILL_LIKELY, _PACKED_PREFILL_LIKELY = 1.1, 1.3
 _PREFILL_ERROR: _Error = (1.5, 1.7)
 """On products: more rows are faster than the probe's few; attention, norms and activations come on top."""
+_KERNEL_ERROR: _Error = (2.5, 2.5)
+"""On compiling a kernel: more for wide matrices than narrow ones, none for a number of rows that came before."""
+_EXPERT_PRODUCTS = 2
+"""Gate and up as one, and down."""
 _MOST_SHARED_HEADS = 8
 _CROSSING_TENSORS = 4
 """Hidden state, positions and the two rotary tables go to the next device, one after the other."""
@@ -78,7 +83,10 @@ class Speed:
 
 @dataclass(slots=True)
 class _Work:
-    """What a device does for a token: bytes read by where and how they are, layers run, weights multiplied."""
+    """What a device does for a token: bytes read by where and how they are, layers run, weights multiplied.
+
+    Of a chunk of prefill, `experts` and their `active_share` say how many products with experts there are.
+    """
 
     plain: float = 0
     packed: float = 0
@@ -86,6 +94,8 @@ class _Work:
     cached: float = 0
     layers: int = 0
     products: float = 0
+    experts: int = 0
+    active_share: float = 1.0
 
 
 def predict(
@@ -164,6 +174,9 @@ def _works(
         else:
             work.plain += read
         work.layers += is_layer
+        if placement.kind == "experts":
+            work.experts += blocks[placement.block].experts
+            work.active_share = blocks[placement.block].active_share
         # Of a chunk of prefill, the head sees the last token only.
         work.products += (
             (is_layer or placement.kind == "experts")
@@ -212,7 +225,10 @@ class _Device:
         """Return the seconds of a chunk of `tokens`."""
         products = self.rates.matmul.under(2 * self.work.products * tokens)
         factor, error = (_PACKED_PREFILL_LIKELY, _PACKED_ERROR) if self.packing else (_PREFILL_LIKELY, _PREFILL_ERROR)
-        return self._with_layers(products.times(factor).widened(*error) + self._streamed())
+        # A token goes through its own share of experts; all together go through all of them soon.
+        used = min(1, tokens * self.work.active_share) * self.work.experts if self.name == CPU else 0
+        kernels = self.rates.kernel.times(_EXPERT_PRODUCTS * used).widened(*_KERNEL_ERROR)
+        return self._with_layers(products.times(factor).widened(*error) + kernels + self._streamed())
 
     def _streamed(self) -> Band:
         return self.file_read.under(self.work.streamed).widened(*_FILE_ERROR) if self.file_read else Band(0, 0, 0)

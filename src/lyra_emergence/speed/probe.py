@@ -59,6 +59,9 @@ _LONG_RUN = 0.005
 """Seconds from which a product is long enough to be timed."""
 _MOST_STEPS = 1024
 """Tokens that the tiny models have room for; more take a larger room."""
+_NO_TIME = 1e-7
+"""Seconds that stand for none: a rate is above zero."""
+_FEWEST_ROWS, _MOST_ROWS = 17, 400
 _LEAST_SHARE = 0.1
 """Share of a tiny model's token that a layer, or what is beside the layers, costs at least."""
 _PIECE = 4 * 2**20
@@ -191,11 +194,14 @@ class _DtypeProbe:
         self._matmul = _Series(device, _product(matrices, self._rows, each))
         self._alone, self._shared = (_Series(device, _attention(cache, heads)) for heads in (1, SHARED_HEADS))
         self._steps = _Series(device, *(_stepper(model, device) for model in models), budget=2 * _BUDGET)
-        self.series = (self._read, self._matmul, self._alone, self._shared, self._steps, *self._fused)
+        self._kernels = _Series(device, *_new_and_known(matrices[0])) if on_cpu else None
+        series = (self._read, self._matmul, self._alone, self._shared, self._steps, self._kernels, *self._fused)
+        self.series = tuple(one for one in series if one is not None)
 
     def rates(self) -> DtypeRates:
         """Return what was measured."""
         pairs = self._steps.samples
+        kernel = [max(new - known, _NO_TIME) for new, known in (self._kernels.samples if self._kernels else [])]
         token = [max(2 * less - more, less * _LEAST_SHARE) for less, more in pairs]
         fused = self._fused[0].samples if self._fused else ()
         return DtypeRates(
@@ -205,6 +211,7 @@ class _DtypeProbe:
             cache_shared=self._shared.band().under(self._cache_bytes),
             layer=_band(_layers(pairs)),
             token=_band(token),
+            kernel=_band(kernel or [_NO_TIME]),
             fused_layer=_band(_layers(fused)) if fused else None,
             fused_cache=self._fused[1].band().under(self._cache_bytes) if fused else None,
         )
@@ -309,6 +316,26 @@ def _product(
             linear(tokens, next(each))
 
     return run
+
+
+_rows_to_come = cycle(range(_FEWEST_ROWS, _MOST_ROWS))
+
+
+def _new_and_known(matrix: torch.Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return a function that multiplies a number of rows that did not come for long, and one that does so again."""
+    from torch.nn.functional import linear
+
+    rows = _FEWEST_ROWS
+
+    def new() -> None:
+        nonlocal rows
+        rows = next(_rows_to_come)
+        known()
+
+    def known() -> None:
+        linear(matrix.new_full((1, rows, _WIDTH), 0.5), matrix)
+
+    return new, known
 
 
 def _prefill_rows(matrices: torch.Tensor) -> int:
