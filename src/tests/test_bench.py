@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def rates(read: float) -> MachineRates:
     band, moment = Band(read, read, read), Band(1e-4, 1e-4, 1e-4)
-    dtype = DtypeRates(band, band, band, band, moment, moment)
+    dtype = DtypeRates(band, band, band, band, moment, moment, moment)
     return MachineRates("here", DeviceRates({"float32": dtype}), {}, None)
 
 

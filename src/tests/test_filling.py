@@ -30,7 +30,7 @@ def exactly(value: float) -> Band:
 
 def device(read: float, layer: float, *, crossing: float | None = None) -> DeviceRates:
     cache = exactly(read / 2)
-    dtype = DtypeRates(exactly(read), exactly(100 * read), cache, cache, exactly(layer), exactly(5e-4))
+    dtype = DtypeRates(exactly(read), exactly(100 * read), cache, cache, exactly(layer), exactly(5e-4), exactly(1e-7))
     if crossing is None:
         return DeviceRates({"float32": dtype})
     return DeviceRates({"float32": dtype}, exactly(10e9), exactly(crossing))
