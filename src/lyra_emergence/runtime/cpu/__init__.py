@@ -10,7 +10,7 @@ from lyra_emergence.load_report import LoadEvent
 from lyra_emergence.runtime.cpu.choice import Choice
 from lyra_emergence.runtime.cpu.decoder import agrees, fuse, is_known
 from lyra_emergence.runtime.cpu.library import find_library, is_compiled
-from lyra_emergence.runtime.cpu.linear import KINDS, is_quick, quicken
+from lyra_emergence.runtime.cpu.linear import KINDS, is_quick, matrix_of, quicken
 from lyra_emergence.runtime.cpu.packed import PackedProjection
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def speed_up(model: Any, blocks: Sequence[PlacedBlock], tell: Callable[[LoadEven
     """
     here = [block.module for block in blocks if block.device == "cpu" and block.module is not None]
     linears = {module: None for block in here for module in block.modules() if type(module) is nn.Linear}
-    taken = [linear for linear in linears if linear.weight.dtype in KINDS]
+    taken = [linear for linear in linears if matrix_of(linear.weight, linear.bias) is not None]
     if taken and not is_compiled():
         tell(LoadEvent("compile", "compiling kernels for this CPU; that happens once"))
     if not taken or (library := find_library()) is None:

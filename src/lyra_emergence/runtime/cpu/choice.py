@@ -1,7 +1,7 @@
 """Which kernel multiplies a weight with few tokens: measured once for a shape, and kept per machine and torch version.
 
-Measured on weights made for it, enough of them that they do not stay in the CPU's caches: a step of one token meets
-each weight once, and in main memory.
+Measured on the model's own weights, as many of a shape as do not stay in the CPU's caches: a step of one token meets
+each weight once, and in main memory. So it takes no memory, and reads from a file what the first token would read.
 """
 
 from __future__ import annotations
@@ -67,31 +67,34 @@ class Choice:
         """
         ends = time.perf_counter() + _MOST_SECONDS
         with _lock:
-            new = {_name(weight, tokens): (weight, tokens) for weight in weights for tokens in _TOKENS}
-            missing = {name: case for name, case in new.items() if name not in self._faster}
-            for name, (weight, tokens) in missing.items():
+            cases: dict[str, tuple[list[torch.Tensor], int]] = {}
+            for weight in weights:
+                for tokens in _TOKENS:
+                    cases.setdefault(_name(weight, tokens), ([], tokens))[0].append(weight)
+            missing = {name: case for name, case in cases.items() if name not in self._faster}
+            for name, (alike, tokens) in missing.items():
                 if time.perf_counter() > ends:
                     break
-                self._faster[name] = self._is_faster(weight, tokens)
+                self._faster[name] = self._is_faster(alike, tokens)
             if missing:
                 self._keep()
 
     @torch.inference_mode()
-    def _is_faster(self, weight: torch.Tensor, tokens: int) -> bool:
-        count = max(1, min(_MOST_WEIGHTS, _BEYOND_CACHES // weight.nbytes))
-        made = [torch.full(weight.shape, 0.01, dtype=weight.dtype) for _ in range(count)]
-        matrices = [matrix_of(one, None) for one in made]
+    def _is_faster(self, alike: list[torch.Tensor], tokens: int) -> bool:
+        weight = alike[0]
+        met = alike[: max(1, min(_MOST_WEIGHTS, _BEYOND_CACHES // weight.nbytes))]
+        matrices = [matrix_of(one, None) for one in met]
         x = torch.full((tokens, weight.shape[1]), 0.01, dtype=weight.dtype)
         y = torch.empty((tokens, weight.shape[0]), dtype=weight.dtype)
         kind, threads = KINDS[x.dtype], torch.get_num_threads()
 
         def by_torch() -> None:
-            for one in made:
+            for one in met:
                 functional.linear(x, one)
 
         def by_kernels() -> None:
             for matrix in matrices:
-                assert matrix is not None  # made contiguous, of a dtype that the kernels take
+                assert matrix is not None  # of a dtype that the kernels take, and whole
                 self._library.linear(x.data_ptr(), y.data_ptr(), kind, tokens, ctypes.byref(matrix), threads)
 
         return _fastest(by_kernels) <= _fastest(by_torch)
