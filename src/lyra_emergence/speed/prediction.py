@@ -52,6 +52,9 @@ _CACHE_ERROR: _Error = (1.6, 1.6)
 _LAYER_ERROR: _Error = (1.5, 1.8)
 """On small operators: the probe's model is narrow, and other families have more or fewer of them."""
 _PREFILL_LIKELY, _PACKED_PREFILL_LIKELY = 1.1, 1.3
+_LOW_PREFILL_LIKELY = 1.5
+"""The same below float32 on the CPU, where products are so much faster that attention, norms and activations weigh more:
+1.4 to 1.9 in `benchmarks/plan_speed.py`."""
 _PREFILL_ERROR: _Error = (1.5, 1.7)
 """On products: more rows are faster than the probe's few; attention, norms and activations come on top."""
 _KERNEL_ERROR: _Error = (2.5, 2.5)
@@ -121,8 +124,9 @@ def predict(
         The speed, or None where a device or the dtype was not measured.
     """
     works = _works(footprint, placements, active_share or {})
+    is_low = _ITEM_BYTES[footprint.dtype] < _ITEM_BYTES["float32"]
     devices = [
-        _Device(name, work, found, rates.file_read, footprint.quantization, heads_per_key, footprint.fused)
+        _Device(name, work, found, rates.file_read, footprint.quantization, heads_per_key, footprint.fused, is_low)
         for name, work in works.items()
         if (found := _measured(rates, name, footprint.dtype)) is not None and (rates.file_read or not work.streamed)
     ]
@@ -197,6 +201,7 @@ class _Device:
     packing: Quantization | None
     heads_per_key: float | None
     fused: bool = False
+    is_low: bool = False
 
     def decode(self) -> Band:
         """Return the seconds of a token."""
@@ -224,7 +229,8 @@ class _Device:
     def prefill(self, tokens: int) -> Band:
         """Return the seconds of a chunk of `tokens`."""
         products = self.rates.matmul.under(2 * self.work.products * tokens)
-        factor, error = (_PACKED_PREFILL_LIKELY, _PACKED_ERROR) if self.packing else (_PREFILL_LIKELY, _PREFILL_ERROR)
+        alone = _LOW_PREFILL_LIKELY if self.is_low and self.name == CPU else _PREFILL_LIKELY
+        factor, error = (_PACKED_PREFILL_LIKELY, _PACKED_ERROR) if self.packing else (alone, _PREFILL_ERROR)
         # A token goes through its own share of experts; all together go through all of them soon.
         used = min(1, tokens * self.work.active_share) * self.work.experts if self.name == CPU else 0
         kernels = self.rates.kernel.times(_EXPERT_PRODUCTS * used).widened(*_KERNEL_ERROR)
