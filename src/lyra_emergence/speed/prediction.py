@@ -53,8 +53,8 @@ _LAYER_ERROR: _Error = (1.5, 1.8)
 """On small operators: the probe's model is narrow, and other families have more or fewer of them."""
 _PREFILL_LIKELY, _PACKED_PREFILL_LIKELY = 1.1, 1.3
 _LOW_PREFILL_LIKELY = 1.5
-"""The same below float32 on the CPU, where products are so much faster that attention, norms and activations weigh more:
-1.4 to 1.9 in `benchmarks/plan_speed.py`."""
+"""The same below float32 on the CPU, where products are faster and attention, norms and activations weigh more: 1.4 to
+1.9 in `benchmarks/plan_speed.py`."""
 _PREFILL_ERROR: _Error = (1.5, 1.7)
 """On products: more rows are faster than the probe's few; attention, norms and activations come on top."""
 _KERNEL_ERROR: _Error = (2.5, 2.5)
