@@ -524,7 +524,7 @@ def test_json_is_plain_data_with_stable_keys(phi2: CheckpointIndex) -> None:
     assert data["device_map"] == made.device_map()
     assert list(data["devices"][0]) == [
         "device", "limit", "total", "weights", "kv_cache", "activations", "reserved", "layers", "mapped",
-        "experts", "used", "unused",
+        "experts", "packing", "used", "unused",
     ]  # fmt: skip
     assert data["placements"][1] == {
         "block": "model.layers.0",
