@@ -12,7 +12,7 @@ from lyra_emergence.config import ModelConfig
 from lyra_emergence.errors import DoesNotFitError
 from lyra_emergence.generation import GenerationOptions, Stepper, stream_generate
 from lyra_emergence.loading import load
-from lyra_emergence.runtime.residency import failing_device
+from lyra_emergence.runtime.recovery import failing_device
 
 from .families import FAMILIES
 from .running import NEW_TOKENS, PROMPT, greedy, reference

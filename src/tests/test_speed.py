@@ -365,7 +365,7 @@ def test_without_a_file_a_temporary_one_is_measured_and_removed() -> None:
 
 @pytest.mark.parametrize("size", [None, 0, MiB])
 def test_a_file_that_is_missing_or_small_gives_no_rate(tmp_path: Path, size: int | None) -> None:
-    from lyra_emergence.speed.probe import measure_file
+    from lyra_emergence.speed.file_probe import measure_file
 
     path = tmp_path / "weights"
     if size is not None:

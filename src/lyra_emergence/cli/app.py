@@ -217,6 +217,11 @@ ContextOption = Annotated[
     int | None,
     typer.Option("--context", metavar="N", min=1, help="tokens of context to make room for"),
 ]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", metavar="NAME", help="what to compute in: bfloat16, float16, float32")
+]
+EightBitOption = Annotated[bool, typer.Option("--8bit", help="layers packed to 8 bits")]
+FourBitOption = Annotated[bool, typer.Option("--4bit", help="layers packed to 4 bits")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="debug lines, with each fallback step")]
 
 
@@ -298,11 +303,9 @@ def plan_command(
         typer.Option("--explain", metavar="BLOCK", help="why this block is where it is"),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="sequences that run together")] = 1,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", metavar="NAME", help="what to compute in: bfloat16, float16, float32")
-    ] = None,
-    load_in_8bit: Annotated[bool, typer.Option("--8bit", help="layers packed to 8 bits")] = False,
-    load_in_4bit: Annotated[bool, typer.Option("--4bit", help="layers packed to 4 bits")] = False,
+    dtype: DtypeOption = None,
+    load_in_8bit: EightBitOption = False,
+    load_in_4bit: FourBitOption = False,
     gpu: Annotated[
         list[str] | None,
         typer.Option("--gpu", metavar="24GB", help="plan for a GPU of this size, not those here; repeatable"),
@@ -346,11 +349,9 @@ def bench_command(
     prompt: Annotated[int, typer.Option("--prompt", metavar="N", min=1, help="tokens of the prompt")] = 512,
     new: Annotated[int, typer.Option("--new", metavar="N", min=2, help="tokens after it")] = 32,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="rounds that count")] = 3,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", metavar="NAME", help="what to compute in: bfloat16, float16, float32")
-    ] = None,
-    load_in_8bit: Annotated[bool, typer.Option("--8bit", help="layers packed to 8 bits")] = False,
-    load_in_4bit: Annotated[bool, typer.Option("--4bit", help="layers packed to 4 bits")] = False,
+    dtype: DtypeOption = None,
+    load_in_8bit: EightBitOption = False,
+    load_in_4bit: FourBitOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="the figures as JSON")] = False,
     verbose: VerboseOption = False,
 ) -> int:

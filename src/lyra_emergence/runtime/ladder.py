@@ -18,7 +18,8 @@ from lyra_emergence.errors import DoesNotFitError, is_out_of_memory, without_fra
 from lyra_emergence.load_report import Attempt, LoadEvent
 from lyra_emergence.runtime.blocks import REST
 from lyra_emergence.runtime.memory import allocated_bytes, free_bytes, give_back
-from lyra_emergence.runtime.residency import CPU, failing_device
+from lyra_emergence.runtime.recovery import failing_device
+from lyra_emergence.runtime.residency import CPU
 from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:

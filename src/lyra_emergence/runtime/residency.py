@@ -10,7 +10,6 @@ layers from the last one; then norm, head and the rest.
 
 from __future__ import annotations
 
-import re
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,14 +28,12 @@ if TYPE_CHECKING:
     from lyra_emergence.runtime.blocks import PlacedBlock
     from lyra_emergence.runtime.handover import Handover
 
-__all__ = ["CPU", "Follower", "Residency", "failing_device"]
+__all__ = ["CPU", "Follower", "Residency"]
 
 CPU = "cpu"
 _LONGEST_WAIT = 4096
 """Steps between two tries to bring blocks back, at most."""
 _FIRST_WAIT = 32
-_NAMED_DEVICE = re.compile(r"\b(?:GPU|[Dd]evice) (\d+)\b")
-_IN_MAIN_MEMORY = ("defaultcpuallocator", "bad_alloc", "unable to mmap", "could not create a primitive")
 
 
 class Follower(Protocol):
@@ -387,18 +384,3 @@ class Residency:
         for block in self._blocks.values():
             block.release()
         give_back()
-
-
-def failing_device(error: BaseException, accelerators: Sequence[str]) -> str:
-    """Return the device that an out-of-memory error came from, by its text; the first accelerator where it says none.
-
-    Args:
-        error: The error.
-        accelerators: The accelerators in use.
-    """
-    text = str(error)
-    if not accelerators or isinstance(error, MemoryError) or any(sign in text.lower() for sign in _IN_MAIN_MEMORY):
-        return CPU
-    named = _NAMED_DEVICE.search(text)
-    found = [device for device in accelerators if named and device.endswith(f":{named[1]}")]
-    return (found or accelerators)[0]

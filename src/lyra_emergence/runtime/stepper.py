@@ -9,7 +9,6 @@ the `except` block: while the exception lives, its frames hold the tensors of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -29,7 +28,8 @@ from lyra_emergence.runtime.kv_cache import (
     onload,
 )
 from lyra_emergence.runtime.memory import give_back, keep_freed_memory, return_freed_memory, stop_using_onednn
-from lyra_emergence.runtime.residency import CPU, failing_device
+from lyra_emergence.runtime.recovery import Recovery, failing_device
+from lyra_emergence.runtime.residency import CPU
 from lyra_emergence.runtime.stepping import caches_of, feeding_of
 from lyra_emergence.units import format_bytes
 
@@ -47,28 +47,6 @@ _SHORTEST_CHUNK = 64
 """Tokens of a prompt that run at once at least: shorter chunks save little and cost a pass each."""
 _CHUNK_STEP = 4
 _MOST_NAMES = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """One time that memory ran out and work went on.
-
-    Attributes:
-        device: torch's name of the device that fell short.
-        tokens: Tokens of prompt and answer that were there, all of which were kept.
-        remedy: What was done, in words.
-        blocks: The blocks that left the device.
-        reason: The error's first line.
-    """
-
-    device: str
-    tokens: int
-    remedy: str
-    blocks: tuple[str, ...]
-    reason: str
-
-    def __str__(self) -> str:
-        return f"memory ran out on {self.device} after {self.tokens} tokens; nothing was lost: {self.remedy}"
 
 
 class Stepper:

@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
-import tempfile
 import time
-from itertools import cycle, pairwise
+from itertools import cycle
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from lyra_emergence.speed.cache import fingerprint, rates_path
+from lyra_emergence.speed.cache import fingerprint
+from lyra_emergence.speed.file_probe import measure_file
 from lyra_emergence.speed.machine_rates import SHARED_HEADS, Band, DeviceRates, DtypeRates, MachineRates
+from lyra_emergence.speed.series import BUDGET, Series, band_of, clocked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -38,12 +37,8 @@ __all__ = ["measure_file", "measure_rates"]
 DTYPES = ("float32", "bfloat16", "float16")
 _ROUNDS = 3
 """Every figure is measured a little in each round: a moment's disturbance spoils a part of all, not all of one."""
-_BUDGET = 0.005
-"""Seconds for each figure in a round; it takes more only where one run does."""
 _LONGEST = 0.5
 """Seconds after which a device too busy to be measured more often has been measured often enough."""
-_ENOUGH = 3
-"""Runs whose differences say something."""
 _LEAST_BUFFER, _MOST_BUFFER = 96 * 2**20, 512 * 2**20
 _TIMES_CACHES = 4
 """How many times the last-level caches the buffer is: at twice, caches still made reading 12% faster than at thirty."""
@@ -65,10 +60,6 @@ _FEWEST_ROWS, _MOST_ROWS = 17, 400
 _LEAST_SHARE = 0.1
 """Share of a tiny model's token that a layer, or what is beside the layers, costs at least."""
 _PIECE = 4 * 2**20
-_FILE_BYTES = 48 * 2**20
-_FEWEST_PIECES = 3
-_FILE_BUDGET = 0.03
-"""Seconds for writing a file, and for reading one, where the disk is slow."""
 
 
 def measure_rates(machine: Machine | None = None, *, file: Path | None = None) -> MachineRates:
@@ -143,39 +134,6 @@ def _prepare(buffer: torch.Tensor, dtype: torch.dtype, models: Sequence[Any]) ->
         return None
 
 
-class _Series:
-    """Runs of one kind, timed; where there are several runs, in turns, so that what slows one slows the others."""
-
-    def __init__(self, device: torch.device, *runs: Callable[[], object], budget: float = _BUDGET) -> None:
-        self._device = device
-        self._runs = runs
-        self._budget = budget
-        self._samples = [self._sample()]
-
-    def take(self) -> None:
-        """Time the runs, as often as the budget allows but once in any case."""
-        end = time.perf_counter() + self._budget
-        self._samples.append(self._sample())
-        while time.perf_counter() < end:
-            self._samples.append(self._sample())
-
-    @property
-    def samples(self) -> list[list[float]]:
-        """Seconds of each run, by time; without the first, in which torch chose kernels, where there are others."""
-        return self._samples[1:] or self._samples
-
-    def band(self) -> Band:
-        """Return the seconds of the first run."""
-        return _band([sample[0] for sample in self.samples])
-
-    def fastest(self) -> Band:
-        """Return the seconds of the run that was the fastest by its median."""
-        return min((_band(list(times)) for times in zip(*self.samples, strict=True)), key=lambda band: band.likely)
-
-    def _sample(self) -> list[float]:
-        return [_clocked(run, self._device) for run in self._runs]
-
-
 class _DtypeProbe:
     """What is run to measure a device in one dtype."""
 
@@ -189,12 +147,12 @@ class _DtypeProbe:
         # On an accelerator one after the other without waiting, as its queue runs them.
         kernels = _Kernels.find(dtype) if on_cpu else None
         read = _product(matrices, 1, each, times=1 if on_cpu else len(matrices))
-        self._read = _Series(device, *((read,) if kernels is None else (read, kernels.product(each))))
-        self._fused: tuple[_Series, ...] = kernels.series(models) if kernels is not None else ()
-        self._matmul = _Series(device, _product(matrices, self._rows, each))
-        self._alone, self._shared = (_Series(device, _attention(cache, heads)) for heads in (1, SHARED_HEADS))
-        self._steps = _Series(device, *(_stepper(model, device) for model in models), budget=2 * _BUDGET)
-        self._kernels = _Series(device, *_new_and_known(matrices[0])) if on_cpu else None
+        self._read = Series(device, *((read,) if kernels is None else (read, kernels.product(each))))
+        self._fused: tuple[Series, ...] = kernels.series(models) if kernels is not None else ()
+        self._matmul = Series(device, _product(matrices, self._rows, each))
+        self._alone, self._shared = (Series(device, _attention(cache, heads)) for heads in (1, SHARED_HEADS))
+        self._steps = Series(device, *(_stepper(model, device) for model in models), budget=2 * BUDGET)
+        self._kernels = Series(device, *_new_and_known(matrices[0])) if on_cpu else None
         series = (self._read, self._matmul, self._alone, self._shared, self._steps, self._kernels, *self._fused)
         self.series = tuple(one for one in series if one is not None)
 
@@ -209,10 +167,10 @@ class _DtypeProbe:
             matmul=self._matmul.band().under(2 * self._rows * _WIDTH * _WIDTH),
             cache_alone=self._alone.band().under(self._cache_bytes),
             cache_shared=self._shared.band().under(self._cache_bytes),
-            layer=_band(_layers(pairs)),
-            token=_band(token),
-            kernel=_band(kernel or [_NO_TIME]),
-            fused_layer=_band(_layers(fused)) if fused else None,
+            layer=band_of(_layers(pairs)),
+            token=band_of(token),
+            kernel=band_of(kernel or [_NO_TIME]),
+            fused_layer=band_of(_layers(fused)) if fused else None,
             fused_cache=self._fused[1].band().under(self._cache_bytes) if fused else None,
         )
 
@@ -256,7 +214,7 @@ class _Kernels:
 
         return run
 
-    def series(self, models: Sequence[Any]) -> tuple[_Series, _Series]:
+    def series(self, models: Sequence[Any]) -> tuple[Series, Series]:
         """Return the runs of single tokens through fused layers, and of attention to a cache."""
         import torch
 
@@ -267,9 +225,9 @@ class _Kernels:
         for model in fused:
             for layer in model.model.layers:
                 fuse(layer, self._library)
-        steps = _Series(cpu, *(_stepper(model, cpu, roomy=True) for model in fused), budget=2 * _BUDGET)
+        steps = Series(cpu, *(_stepper(model, cpu, roomy=True) for model in fused), budget=2 * BUDGET)
         attention = self._attention()
-        return steps, _Series(cpu, attention)
+        return steps, Series(cpu, attention)
 
     def _attention(self) -> Callable[[], object]:
         """Return a function that looks at all of a layer's keys and values."""
@@ -294,8 +252,8 @@ class _Transfers:
 
         held = torch.ones(_PIECE, dtype=torch.uint8)
         small = torch.ones(1, 1, _WIDTH)  # (batch, tokens, width)
-        self._copy = _Series(device, lambda: held.to(device))
-        self._there_and_back = _Series(device, lambda: small.to(device).to("cpu"))
+        self._copy = Series(device, lambda: held.to(device))
+        self._there_and_back = Series(device, lambda: small.to(device).to("cpu"))
         self.series = (self._copy, self._there_and_back)
 
     def rates(self) -> tuple[Band, Band]:
@@ -341,7 +299,7 @@ def _new_and_known(matrix: torch.Tensor) -> tuple[Callable[[], object], Callable
 def _prefill_rows(matrices: torch.Tensor) -> int:
     """Return the rows of a product that is long enough: few in float16 on a CPU without instructions for it."""
     run = _product(matrices, _TRIAL_ROWS, cycle(matrices))
-    seconds = min(_clocked(run, matrices.device) for _ in range(2))
+    seconds = min(clocked(run, matrices.device) for _ in range(2))
     return min(_PREFILL_ROWS, max(2 * _TRIAL_ROWS, int(_TRIAL_ROWS * _LONG_RUN / seconds)))
 
 
@@ -410,78 +368,3 @@ def _stepper(model: Any, device: torch.device, *, roomy: bool = False) -> Callab
         return int(output.logits[:, -1].float().argmax(-1))
 
     return step
-
-
-def _clocked(run: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that `run` takes on a device."""
-    import torch
-
-    start = time.perf_counter()
-    run()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - start
-
-
-def _band(found: Sequence[float]) -> Band:
-    """Return the median, and what is left without the lowest and the highest sixth; of a few runs, twice as wide."""
-    ordered = sorted(found)
-    sixth = len(ordered) // 6
-    band = Band(ordered[sixth], median(ordered), ordered[-1 - sixth])
-    return band if len(ordered) >= _ENOUGH else band.widened(2, 2)
-
-
-def measure_file(path: Path | None) -> Band | None:
-    """Return bytes/s of reading a file, or None where none can be read."""
-    try:
-        with _opened(path) as stream:
-            seconds = list(_read_pieces(stream))
-    except OSError:
-        return None
-    if len(seconds) < _FEWEST_PIECES:
-        return None
-    # What the kernel reads ahead makes single pieces slow or instant: thirds of the file tell more.
-    cuts = [len(seconds) * third // 3 for third in range(4)]
-    thirds = [(end - start) * _PIECE / sum(seconds[start:end]) for start, end in pairwise(cuts)]
-    return Band(min(thirds), len(seconds) * _PIECE / sum(seconds), max(thirds))
-
-
-@contextlib.contextmanager
-def _opened(path: Path | None) -> Iterator[Any]:
-    """Yield a file of which the kernel holds no page, if it could be told so."""
-    folder = rates_path().parent
-    if path is None:
-        folder.mkdir(parents=True, exist_ok=True)
-    with path.open("rb", buffering=0) if path else tempfile.TemporaryFile(dir=folder, buffering=0) as stream:
-        if path is None:
-            _fill(stream)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(stream.fileno(), 0, _FILE_BYTES, os.POSIX_FADV_DONTNEED)
-        stream.seek(0)
-        yield stream
-
-
-def _pieces() -> Iterator[None]:
-    """Yield as often as a piece may be written or read in the time for it, which a slow disk gets little of."""
-    end = time.perf_counter() + _FILE_BUDGET
-    for at in range(_FILE_BYTES // _PIECE):
-        if at >= _FEWEST_PIECES and time.perf_counter() > end:
-            return
-        yield
-
-
-def _fill(stream: Any) -> None:
-    """Write the file, on to the disk: pages that wait to be written cannot be dropped."""
-    piece = os.urandom(_PIECE)  # a file system that compresses finds nothing to gain
-    for _ in _pieces():
-        stream.write(piece)
-        os.fsync(stream.fileno())
-
-
-def _read_pieces(stream: Any) -> Iterator[float]:
-    piece = bytearray(_PIECE)
-    for _ in _pieces():
-        start = time.perf_counter()
-        if stream.readinto(piece) < _PIECE:
-            return
-        yield time.perf_counter() - start
