@@ -125,7 +125,13 @@ class Sweeper:
             environment = {**preloaded(self._library), "OMP_NUM_THREADS": str(self._threads), "RUST_BACKTRACE": "0"}
             self._child = _Child([sys.executable, "-m", "src.tests.cpu_sweep", self._sim], environment)
         request = {"case": dataclasses.asdict(case), "nth": nth, "persistent": persistent, "cap": cap, "room": room}
-        answer, end = self._child.ask(json.dumps(request))
+        try:
+            answer, end = self._child.ask(json.dumps(request))
+        except BaseException:
+            # A test that ran out of time leaves no answer behind for the next one.
+            self._child.close()
+            self._child = None
+            raise
         if answer:
             return Run(**json.loads(answer))
         self._child.close()

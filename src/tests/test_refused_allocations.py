@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     Checkpoints = Callable[[str], Path]
 
+pytestmark = pytest.mark.timeout(900)
+"""Programs start, and kernels may be compiled: on a busy machine that takes minutes."""
+
 MiB = 2**20
 WIDE = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 3, "max_position_embeddings": 512}
 LONG = (PROMPT * 60)[:300]
@@ -59,8 +62,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spread(total: int, count: int) -> list[int]:
-    """The first, the last, and others between them at equal distances."""
-    return sorted({1 + (total - 1) * at // max(1, count - 1) for at in range(count)})
+    """Some allocations at equal distances, the last among them."""
+    return sorted({1 + (total - 1) * at // count for at in range(1, count + 1)})
 
 
 def check(sweeper: Sweeper, case: Case, count: int) -> None:
@@ -123,7 +126,7 @@ def test_torch_numpy_and_maps_go_through_the_shim(shim: Path) -> None:
 def test_any_allocation_of_loading_and_answering(
     refusing: Refusing, sweeper: Sweeper, checkpoints: Checkpoints
 ) -> None:
-    check(sweeper, Case(str(checkpoints("llama")), refusing), 6)
+    check(sweeper, Case(str(checkpoints("llama")), refusing), 5)
 
 
 def test_large_allocations_that_are_refused_for_good_are_done_without(sweeper: Sweeper, wide: Path) -> None:
@@ -151,12 +154,12 @@ def test_an_address_space_that_is_full(sweeper: Sweeper, wide: Path) -> None:
 
 
 def test_two_answers_from_one_model(sweeper: Sweeper, checkpoints: Checkpoints) -> None:
-    check(sweeper, Case(str(checkpoints("llama")), Refusing(aligned=0), mode="shared"), 4)
+    check(sweeper, Case(str(checkpoints("llama")), Refusing(aligned=0), mode="shared"), 3)
 
 
 def test_threads_that_load_at_once(sweeper: Sweeper, checkpoints: Checkpoints) -> None:
     others = (str(checkpoints("gpt2")),)
-    check(sweeper, Case(str(checkpoints("llama")), Refusing(aligned=0), mode="parallel", others=others), 3)
+    check(sweeper, Case(str(checkpoints("llama")), Refusing(aligned=0), mode="parallel", others=others), 2)
 
 
 def test_main_memory_runs_out_beside_an_accelerator(
@@ -164,4 +167,4 @@ def test_main_memory_runs_out_beside_an_accelerator(
 ) -> None:
     assert request.config.cache is not None
     with Sweeper(shim, sim=request.config.cache.mkdir("simulated_accelerator")) as sweeper:
-        check(sweeper, Case(str(checkpoints("llama")), Refusing(aligned=0), SPLIT), 4)
+        check(sweeper, Case(str(checkpoints("llama")), Refusing(aligned=0), SPLIT), 3)

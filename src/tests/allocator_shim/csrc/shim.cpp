@@ -176,6 +176,9 @@ EXPORTED void shim_cap(int64_t bytes) { cap.store(live.load() + bytes); }
 
 // Spares calls from [begin, end) from now on; returns whether there was room for it.
 EXPORTED int shim_spare(uintptr_t begin, uintptr_t end) {
+  if (is_spared(reinterpret_cast<const void*>(begin))) {
+    return 1;
+  }
   const int count = spared_count.load();
   if (count == kMostSpared) {
     return 0;
