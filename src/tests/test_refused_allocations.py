@@ -68,7 +68,8 @@ def spread(total: int, count: int) -> list[int]:
 
 def check(sweeper: Sweeper, case: Case, count: int) -> None:
     # Small pieces of memory are asked for a few times more or less from run to run: the fewest are met by all.
-    total = min(sweeper.count(case) for _ in range(2)) * 99 // 100
+    fewest = min(sweeper.count(case) for _ in range(2))
+    total = fewest - fewest // 100
     assert total > 0
     for nth in spread(total, count):
         for persistent in (False, True):
