@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from src.tests.cpu_sweep import Case, Run, Sweeper
 
 WIDE = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 3, "max_position_embeddings": 512}
+PACKED = {"hidden_size": 64, "intermediate_size": 128}
+"""Whole tiles of rows and whole groups of inputs, so that the kernels pack them."""
 SPLIT = {"device_map": {"": "cpu", "model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 0}}
 CASES = {
     "tensors": "a tiny Llama on the CPU; tensors and scratch of every size",
@@ -40,6 +42,9 @@ CASES = {
     "large": "the same; tensors of 1 MiB and more",
     "converted": "the same converted to float32; tensors of 64 KiB and more",
     "split": "a tiny Llama, half of it on the simulated accelerator; tensors of every size in main memory",
+    "4bit": "a Llama packed to 4 bits by Lyra's kernels; tensors of every size",
+    "8bit": "the same to 8 bits",
+    "bitsandbytes": "the same to 4 bits by bitsandbytes",
     "shared": "two answers from one tiny Llama at once; tensors of every size",
     "parallel": "two loads and answers of a tiny Llama and two of a GPT-2 at once; tensors of every size",
 }
@@ -83,6 +88,7 @@ def _cases(folder: Path) -> dict[str, Case]:
 
     llama = str(build_checkpoint("llama", folder / "llama"))
     gpt2 = str(build_checkpoint("gpt2", folder / "gpt2"))
+    packed = str(build_checkpoint("llama", folder / "packed", sizes=PACKED))
     wide = str(build_checkpoint("llama", folder / "wide", torch.bfloat16, sizes=WIDE))
     prompt = (PROMPT * 60)[:300]
     every, kib = Refusing(aligned=0), 1024
@@ -95,6 +101,9 @@ def _cases(folder: Path) -> dict[str, Case]:
         "large": Case(wide, Refusing(aligned=kib * kib), prompt=prompt),
         "converted": Case(wide, Refusing(aligned=64 * kib), converted, prompt),
         "split": Case(llama, every, SPLIT),
+        "4bit": Case(packed, every, {"device_map": "cpu", "load_in_4bit": True}),
+        "8bit": Case(packed, every, {"device_map": "cpu", "load_in_8bit": True}),
+        "bitsandbytes": Case(packed, every, {"device_map": "cpu", "load_in_4bit": True, "cpu_kernels": False}),
         "shared": Case(llama, every, mode="shared"),
         "parallel": Case(llama, every, mode="parallel", others=(gpt2,)),
     }

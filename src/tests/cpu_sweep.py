@@ -64,7 +64,7 @@ class Run:
     """One run: which allocation was refused (0: none), whether all after it were, and how the run ended.
 
     Attributes:
-        outcome: "right" for the tokens of plain transformers; "refused" for one clear error, the text so far right
+        outcome: "right" for the tokens of plain transformers (packed: of an undisturbed run); "refused" for one clear error, the text so far right
             and a following answer right; "memory error" for Python's own, where tensors are given; else what was wrong.
         allocations: Allocations counted.
         live: Bytes of the heap in use after it.
@@ -241,8 +241,9 @@ class Runner:
         first = tuple(case.prompt) or PROMPT
         self._prompts = (first, first[::-1])
         self._directories = tuple(Path(name) for name in (case.directory, *case.others))
+        packed = self._config.load_in_8bit or self._config.load_in_4bit
         self._expected = {
-            (directory, prompt): reference(directory, prompt=prompt)
+            (directory, prompt): self._undisturbed(directory, prompt) if packed else reference(directory, prompt=prompt)
             for directory in self._directories
             for prompt in self._prompts
         }
@@ -355,20 +356,32 @@ class Runner:
 
         return load(self._config, directory=directory)
 
+    def _undisturbed(self, directory: Path, prompt: tuple[int, ...]) -> list[int]:
+        """The tokens where nothing is refused: packed weights give others than the stored ones."""
+        loaded = self._loaded_from(directory)
+        try:
+            return list(_tokens(loaded, prompt))
+        finally:
+            loaded.close()
+
     def _answer(self, loaded: Any, prompt: tuple[int, ...], directory: Path | None = None) -> None:
         """Answers, and checks every token as far as it comes."""
-        from lyra_emergence.generation import GenerationOptions, stream_generate
-
         tokens: list[int] = []
         expected = self._expected[directory or self._directories[0], prompt]
         try:
-            for chunk in stream_generate(loaded, prompt, GenerationOptions(max_new_tokens=_NEW_TOKENS)):
-                tokens += chunk.token_ids
+            tokens.extend(_tokens(loaded, prompt))
         finally:
             if tokens != expected[: len(tokens)]:
                 raise WrongTokensError(f"{tokens} in place of {expected}")
         if len(tokens) < len(expected):
             raise WrongTokensError(f"the answer ended after {len(tokens)} of {len(expected)} tokens")
+
+
+def _tokens(loaded: Any, prompt: tuple[int, ...]) -> Iterator[int]:
+    from lyra_emergence.generation import GenerationOptions, stream_generate
+
+    for chunk in stream_generate(loaded, prompt, GenerationOptions(max_new_tokens=_NEW_TOKENS)):
+        yield from chunk.token_ids
 
 
 class WrongTokensError(Exception):
