@@ -64,8 +64,9 @@ class Run:
     """One run: which allocation was refused (0: none), whether all after it were, and how the run ended.
 
     Attributes:
-        outcome: "right" for the tokens of plain transformers (packed: of an undisturbed run); "refused" for one clear error, the text so far right
-            and a following answer right; "memory error" for Python's own, where tensors are given; else what was wrong.
+        outcome: "right" for the tokens of plain transformers (packed: of an undisturbed run); "refused" for one clear
+            error, the text so far right and a following answer right; "memory error" for Python's own, where tensors
+            are given; else what was wrong.
         allocations: Allocations counted.
         live: Bytes of the heap in use after it.
     """
