@@ -61,6 +61,7 @@ class Activations:
         earlier_cpu_layer: As `cpu_layer`, in that earlier chunk.
         projecting: As `layer`, at the fullest moment in which a projection runs; 0 where that may be any.
         earlier_projecting: As `projecting`, in that earlier chunk.
+        cpu: The figures for the CPU, where packed projections take other bytes there; None where they are these.
     """
 
     embedding: int
@@ -75,6 +76,7 @@ class Activations:
     earlier_cpu_layer: int = 0
     projecting: int = 0
     earlier_projecting: int = 0
+    cpu: Activations | None = None
 
     def of(
         self,
@@ -87,6 +89,9 @@ class Activations:
         on_cpu: bool = False,
     ) -> int:
         """Return the bytes on a device that runs the parts named and holds `kv_cache` bytes of full caches."""
+        if on_cpu and self.cpu is not None:
+            parts = {"embedding": embedding, "layer": layer, "experts": experts, "head": head}
+            return self.cpu.of(**parts, kv_cache=kv_cache, on_cpu=True)
         unfilled = int((1 - self.filled) * kv_cache)
         in_layer = max(self.layer, self.earlier - unfilled)
         if on_cpu:
@@ -112,8 +117,11 @@ class Activations:
             earlier_cpu_layer=self.earlier + _scores(shape, chunk, whole, batch),
         )
 
-    def with_unpacked_projection(self, workspace: int) -> Activations:
-        """Return the figures for packed layers: a projection takes `workspace` bytes more while it runs."""
+    def with_unpacked_projection(self, workspace: int, on_cpu: int) -> Activations:
+        """Return the figures for packed layers: a projection takes so many bytes more while it runs."""
+        return replace(self._with_projection(workspace), cpu=self._with_projection(on_cpu))
+
+    def _with_projection(self, workspace: int) -> Activations:
         return replace(
             self,
             layer=max(self.layer, (self.projecting or self.layer) + workspace),

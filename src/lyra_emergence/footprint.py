@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.activations import KNOWN_TYPES, Activations, estimate_activations
 from lyra_emergence.errors import ConfigError
 from lyra_emergence.framework import KERNELS_KEPT
 from lyra_emergence.model_shape import ModelShape
+from lyra_emergence.packing import Projection, Quantization, is_quantizable, packed_bytes, packing_costs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +30,6 @@ __all__ = [
     "PREFILL_CHUNK",
     "BlockFootprint",
     "Footprint",
-    "Quantization",
     "default_context",
     "estimate_footprint",
     "is_known",
@@ -45,18 +45,11 @@ DEFAULT_CONTEXT = 8192
 """Tokens planned for where the user left the context open and the model allows more."""
 FALLBACK_CONTEXT = 2048
 """Tokens planned for where config.json does not say how long the context may be."""
-_NF4_BLOCK = 64
-"""bitsandbytes keeps one float32 scale for every 64 weights in its 4-bit types."""
-_QUANT_CODE_BYTES = 16 * 4
-_PACKING_BYTES = 14
-"""For each element of a matrix while bitsandbytes packs it on the CPU: in float32, scaled, clamped, and as numbers."""
 _TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types whose projections are stored as (inputs, outputs)."""
 
 _ONE_OF_MANY_EXPERTS = re.compile(r"\.experts\.\d+\.")
 """transformers 5 keeps all experts of a layer in one tensor, and makes it where the file has one for each."""
-
-Quantization = Literal["8bit", "4bit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +166,7 @@ def estimate_footprint(
     quantization: Quantization | None = None,
     trial: Trial | None = None,
     like: Footprint | None = None,
+    cpu_kernels: bool = False,
 ) -> Footprint:
     """Return the bytes that the checkpoint takes once loaded.
 
@@ -184,6 +178,7 @@ def estimate_footprint(
         quantization: How the projections of the layers are packed.
         trial: What a trial forward at this context, batch and dtype took, for a model type that is not a known one.
         like: A footprint of the same checkpoint, dtype and quantization, whose weights need not be summed again.
+        cpu_kernels: Whether Lyra's kernels pack the projections that are on the CPU.
 
     Raises:
         ConfigError: The context is longer than the model's, or it or the batch is not positive.
@@ -205,15 +200,18 @@ def estimate_footprint(
         activations = trial.activations.with_unfused_attention(shape, context, batch, PREFILL_CHUNK)
     if not any(block.kind == "experts" for block in blocks):
         activations = activations.with_experts_in_layers()
-    workspace = _quantized_workspace(index, quantization, min(context, PREFILL_CHUNK) * batch, shape.itemsize)
+    tokens = min(context, PREFILL_CHUNK) * batch
+    costs = packing_costs(_projections(index), quantization, tokens, shape.itemsize, kernels=cpu_kernels)
+    if quantization is not None:
+        activations = activations.with_unpacked_projection(costs.unpacking, costs.cpu_unpacking)
     return Footprint(
         blocks=blocks,
         context_length=context,
         batch=batch,
         dtype=name,
         quantization=quantization,
-        activations=activations.with_unpacked_projection(workspace),
-        packing=_PACKING_BYTES * _largest_projection(index) if quantization else 0,
+        activations=activations,
+        packing=costs.packing,
         kernels=_kernels(index, context, trial),
         heads_per_key=shape.heads / shape.key_heads if shape.key_heads else None,
         notes=_notes(index, shape, trial),
@@ -271,23 +269,14 @@ def _cache_bytes(block: Block, caches: tuple[int, ...], shape: ModelShape, conte
     return shape.kv_bytes(block.index, context, batch, PREFILL_CHUNK)
 
 
-def _quantized_workspace(index: CheckpointIndex, quantization: Quantization | None, rows: int, itemsize: int) -> int:
-    """Return the bytes that the largest packed projection needs beside its input and output.
-
-    4-bit prefill unpacks the whole matrix. 8-bit packs its input (a byte per element, and the outliers in full) and
-    adds up in int32, which is then scaled in float32.
-    """
-    shapes = [
-        tensor.shape
-        for layer in index.layers
-        for tensor in (index.tensors[name] for name in layer.tensors)
-        if is_quantizable(tensor.name, tensor.shape)
-    ]
-    if quantization == "4bit":
-        return _largest_projection(index) * itemsize
-    if quantization == "8bit":
-        return max((rows * (8 * outputs + (1 + itemsize) * inputs) for outputs, inputs in shapes), default=0)
-    return 0
+def _projections(index: CheckpointIndex) -> tuple[Projection, ...]:
+    """Return the matrices of layers that quantization packs."""
+    tensors = (index.tensors[name] for layer in index.layers for name in layer.tensors)
+    matrices = [tensor for tensor in tensors if is_quantizable(tensor.name, tensor.shape)]
+    if index.model_type not in _TRANSPOSED:
+        return tuple(Projection(outputs, inputs) for outputs, inputs in (matrix.shape for matrix in matrices))
+    # What is stored as (inputs, outputs) is turned before it is packed.
+    return tuple(Projection(matrix.shape[1], matrix.shape[0], matrix.nbytes) for matrix in matrices)
 
 
 def _kernels(index: CheckpointIndex, context: int, trial: Trial | None) -> int:
@@ -299,17 +288,6 @@ def _kernels(index: CheckpointIndex, context: int, trial: Trial | None) -> int:
     chunks = 1 if (trial and trial.whole) or context <= PREFILL_CHUNK else 2
     # The head sees single tokens alone.
     return len(shapes) * (chunks + 1) + 1 + (trial.products if trial else 0)
-
-
-def _largest_projection(index: CheckpointIndex) -> int:
-    """Return the elements of the largest matrix that packing takes at a time."""
-    sizes = (
-        math.prod(tensor.shape)
-        for layer in index.layers
-        for tensor in (index.tensors[name] for name in layer.tensors)
-        if is_quantizable(tensor.name, tensor.shape)
-    )
-    return max(sizes, default=0)
 
 
 def _checked_context(index: CheckpointIndex, wanted: int | None) -> int:
@@ -330,16 +308,6 @@ def is_floating(dtype: str) -> bool:
     return dtype in ("F64", "F32", "F16", "BF16")
 
 
-def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
-    """Return whether bitsandbytes packs this tensor of a layer: the matrix of a projection.
-
-    Left out are experts, which transformers fuses into one three-dimensional tensor, and the routers that choose
-    among them: in transformers 5 neither is a projection.
-    """
-    is_matrix = name.endswith(".weight") and len(shape) == 2  # noqa: PLR2004
-    return is_matrix and ".experts." not in name and not name.endswith((".gate.weight", ".router.weight"))
-
-
 def _loaded_bytes(
     tensor: TensorInfo, block: Block, dtype: str, quantization: Quantization | None, *, transposed: bool
 ) -> int:
@@ -348,18 +316,6 @@ def _loaded_bytes(
     if is_floating(tensor.dtype):
         return math.prod(tensor.shape) * _TYPE_BITS[TORCH_DTYPES[dtype]] // 8
     return int(tensor.nbytes)
-
-
-def packed_bytes(shape: tuple[int, ...], quantization: Quantization) -> int:
-    """Return the bytes of a packed matrix of `shape` (rows, columns) with its scales.
-
-    8-bit: a byte per weight and a float32 scale per row. 4-bit (nf4): half a byte per weight, a float32 scale per 64
-    weights and the table of 16 codes. As bitsandbytes 0.50 stores them.
-    """
-    weights = math.prod(shape)
-    if quantization == "8bit":
-        return weights + 4 * shape[0]
-    return (weights + 1) // 2 + 4 * math.ceil(weights / _NF4_BLOCK) + _QUANT_CODE_BYTES
 
 
 def _is_merged(tensor: str) -> bool:

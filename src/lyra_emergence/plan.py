@@ -11,12 +11,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.budgets import Request, read_request
+from lyra_emergence.compiler import find_compiler
 from lyra_emergence.errors import DoesNotFitError
 from lyra_emergence.filling import place
 from lyra_emergence.footprint import (
     PREFILL_CHUNK,
     Footprint,
-    Quantization,
     estimate_footprint,
     is_known,
 )
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lyra_emergence.checkpoint import CheckpointIndex
     from lyra_emergence.config import ModelConfig
     from lyra_emergence.machine import Machine
+    from lyra_emergence.packing import Quantization
     from lyra_emergence.remedies import Attempt, Goal
 
 __all__ = ["DeviceUse", "Placement", "Plan", "Rung", "RungName", "make_plan"]
@@ -220,6 +221,7 @@ def measure_footprint(
         dtype=config.dtype,
         quantization=quantization,
         like=like,
+        cpu_kernels=config.cpu_kernels and find_compiler() is not None,
     )
     estimated = estimate()
     if is_known(index) or not index.model_type:

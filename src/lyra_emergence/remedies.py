@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lyra_emergence.checkpoint import CheckpointIndex
     from lyra_emergence.config import ModelConfig
-    from lyra_emergence.footprint import Quantization
+    from lyra_emergence.packing import Quantization
 
 __all__ = ["SHORTEST_CONTEXT", "Attempt", "Goal", "attempts"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.errors import DoesNotFitError
-from lyra_emergence.footprint import FALLBACK_CONTEXT, Quantization, default_context
+from lyra_emergence.footprint import FALLBACK_CONTEXT, default_context
 from lyra_emergence.plan import Plan, make_plan
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lyra_emergence.checkpoint import CheckpointIndex
     from lyra_emergence.config import ModelConfig
     from lyra_emergence.machine import Machine
+    from lyra_emergence.packing import Quantization
 
 __all__ = ["QUANTIZATIONS", "Scenario", "contexts_of", "what_if"]
 

@@ -12,9 +12,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from lyra_emergence.compiler import find_compiler
 from lyra_emergence.config import ModelConfig
 from lyra_emergence.generation import GenerationOptions, stream_generate
 from lyra_emergence.loading import load
+from lyra_emergence.packing import rows_at_once
 from lyra_emergence.runtime.cpu import decoder, library
 from lyra_emergence.runtime.cpu.choice import Choice
 from lyra_emergence.runtime.cpu.linear import quicken
@@ -149,6 +151,26 @@ def test_packed_weights_are_near(kernels: library.Library, quantization: Any, dt
         # Inputs are rounded to 8 bits for few tokens; prompts are not.
         assert _error(y, unpacked) < 0.012
         assert _error(y, functional.linear(x.double(), weight.double(), bias.double())) < 0.1
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_a_prompt_unpacks_some_rows_at_a_time(kernels: library.Library, quantization: Any) -> None:
+    inputs = 1024
+    outputs = 2 * rows_at_once(inputs, 4) + 48
+    packed = PackedProjection(torch.randn(outputs, inputs), torch.randn(outputs), quantization, kernels)
+    x = torch.randn(3, 10, inputs)
+    whole = functional.linear(x, packed.unpacked(torch.float32), packed.bias)
+    assert _error(packed(x), whole) < 1e-6
+    some = packed.unpacked(torch.float32, 32, 48)
+    assert torch.equal(some, packed.unpacked(torch.float32)[32:80])
+    # What is unpacked is what few tokens are multiplied with: each input alone gives its column.
+    assert _error(packed(torch.eye(inputs)[:8]), some_columns(packed, 8)) < 1e-2
+
+
+def some_columns(packed: PackedProjection, count: int) -> torch.Tensor:
+    """The first columns of a packed matrix, a row each, with the bias."""
+    assert packed.bias is not None
+    return packed.unpacked(torch.float32)[:, :count].T + packed.bias
 
 
 @pytest.mark.parametrize("shape", ["normal", "outliers"])
@@ -328,7 +350,7 @@ def test_blocks_that_leave_in_the_middle_of_an_answer(checkpoints: Checkpoints, 
 
 
 def test_without_a_compiler_torch_does_it(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_compiler", lambda: None)
+    monkeypatch.setattr(library, "find_compiler", lambda: None)
     library._find.cache_clear()
     try:
         assert library.find_library() is None
@@ -351,7 +373,7 @@ def test_a_compiler_that_fails_and_a_damaged_build(
         assert library.find_library() is None
         assert library.why_none().startswith("the compiler failed: ")
         monkeypatch.setattr(library, "_compile", real)
-        key = library._key(library._compiler() or "")
+        key = library._key(find_compiler() or "")
         (tmp_path / "kernels").mkdir()
         (tmp_path / "kernels" / f"{key}.so").write_bytes(b"\x7fELF and no more")
         library._find.cache_clear()

@@ -26,7 +26,7 @@ from lyra_emergence.runtime.side_by_side import side_by_side
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from lyra_emergence.footprint import Quantization
+    from lyra_emergence.packing import Quantization
 
 __all__ = ["REST", "LoadedForm", "PlacedBlock", "split_into_blocks"]
 

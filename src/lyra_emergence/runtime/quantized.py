@@ -13,11 +13,13 @@ from torch import nn
 
 from lyra_emergence.errors import MissingExtraError
 from lyra_emergence.main_memory import require
+from lyra_emergence.packing import kernels_pack
 from lyra_emergence.runtime.cpu.library import find_library
-from lyra_emergence.runtime.cpu.packed import PackedProjection, packs
+from lyra_emergence.runtime.cpu.linear import KINDS
+from lyra_emergence.runtime.cpu.packed import PackedProjection
 
 if TYPE_CHECKING:
-    from lyra_emergence.footprint import Quantization
+    from lyra_emergence.packing import Quantization
     from lyra_emergence.runtime.blocks import LoadedForm
 
 __all__ = ["quantized_module", "replaces", "require_bitsandbytes"]
@@ -47,17 +49,18 @@ def quantized_module(home: Any, form: LoadedForm, device: str) -> nn.Module:
     Raises:
         RuntimeError: Memory ran out.
     """
-    import bitsandbytes as bnb
-
     # Conv1D stores (inputs, outputs) where Linear stores (outputs, inputs).
     matrix = home.weight.detach()
     if device == "cpu":
         require(matrix.numel() * form.dtype.itemsize, "packing a projection")
     weight = matrix.T.contiguous() if type(home).__name__ == "Conv1D" else matrix
     rows, columns = weight.shape  # (outputs, inputs)
-    if device == "cpu" and form.cpu_kernels and packs(rows, columns) and (library := find_library()) is not None:
+    ours = device == "cpu" and form.cpu_kernels and kernels_pack(rows, columns) and weight.dtype in KINDS
+    if ours and (library := find_library()) is not None:
         bias = None if home.bias is None else home.bias.detach().to(form.dtype)
         return PackedProjection(weight, bias, form.quantization or "8bit", library)
+    import bitsandbytes as bnb
+
     weight = weight.to(form.dtype)
     packed: Any
     if form.quantization == "8bit":

@@ -11,7 +11,7 @@ from lyra_emergence.runtime.kernel_caches import keep_few_kernels
 from lyra_emergence.runtime.memory import give_back, return_freed_memory
 
 if TYPE_CHECKING:
-    from lyra_emergence.footprint import Quantization
+    from lyra_emergence.packing import Quantization
 
 __all__ = ["run_packed_projection", "run_small_model"]
 

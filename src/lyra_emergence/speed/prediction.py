@@ -27,7 +27,8 @@ from lyra_emergence.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from lyra_emergence.footprint import Footprint, Quantization
+    from lyra_emergence.footprint import Footprint
+    from lyra_emergence.packing import Quantization
     from lyra_emergence.placement import Placement
     from lyra_emergence.speed.machine_rates import DtypeRates, MachineRates
 

@@ -537,6 +537,105 @@ void pack_tile(const void* weights, int from, int64_t rows, int64_t columns, int
   }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Unpacking.
+
+// The levels of a group's 16 rows, 32 inputs each.
+template <int kind>
+void decode(const uint8_t* codes, int8_t (*levels)[kGroup]) {
+#if LYRA_AVX512
+  const __m512i low_half = _mm512_set1_epi8(15);
+  const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kLevels)));
+  __m512i quads[8];
+  for (int pair = 0; pair < 4; ++pair) {
+    if constexpr (kind == kPacked4) {
+      const __m512i both = _mm512_loadu_si512(codes + pair * 64);
+      quads[2 * pair] = _mm512_shuffle_epi8(table, _mm512_and_si512(both, low_half));
+      quads[2 * pair + 1] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), low_half));
+    } else {
+      const __m512i flip = _mm512_set1_epi8(-128);
+      quads[2 * pair] = _mm512_xor_si512(_mm512_loadu_si512(codes + pair * 128), flip);
+      quads[2 * pair + 1] = _mm512_xor_si512(_mm512_loadu_si512(codes + pair * 128 + 64), flip);
+    }
+  }
+  // Lanes hold four rows' quads; in each, four registers are turned into four rows.
+  for (int half = 0; half < 2; ++half) {
+    const __m512i* from = quads + 4 * half;
+    const __m512i a = _mm512_unpacklo_epi32(from[0], from[1]), b = _mm512_unpackhi_epi32(from[0], from[1]);
+    const __m512i c = _mm512_unpacklo_epi32(from[2], from[3]), d = _mm512_unpackhi_epi32(from[2], from[3]);
+    const __m512i rows[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
+                             _mm512_unpackhi_epi64(b, d)};
+    for (int row = 0; row < 4; ++row) {
+      auto to = [&](int lane) { return reinterpret_cast<__m128i*>(levels[4 * lane + row] + 16 * half); };
+      _mm_storeu_si128(to(0), _mm512_extracti32x4_epi32(rows[row], 0));
+      _mm_storeu_si128(to(1), _mm512_extracti32x4_epi32(rows[row], 1));
+      _mm_storeu_si128(to(2), _mm512_extracti32x4_epi32(rows[row], 2));
+      _mm_storeu_si128(to(3), _mm512_extracti32x4_epi32(rows[row], 3));
+    }
+  }
+#else
+  for (int64_t quad = 0; quad < kGroup / kQuad; ++quad)
+    for (int64_t row = 0; row < kTile; ++row)
+      for (int64_t i = 0; i < kQuad; ++i) {
+        int level;
+        if constexpr (kind == kPacked4) {
+          const uint8_t both = codes[(quad / 2) * 64 + row * kQuad + i];
+          level = kLevels[quad % 2 ? both >> 4 : both & 15];
+        } else {
+          level = static_cast<int>(codes[quad * 64 + row * kQuad + i]) - 128;
+        }
+        levels[row][quad * kQuad + i] = static_cast<int8_t>(level);
+      }
+#endif
+}
+
+// Levels times their scale, as `kind`.
+void spread(const int8_t* levels, float scale, void* to, int kind) {
+#if LYRA_AVX512
+  for (int64_t at = 0; at < kGroup; at += 16) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(levels + at));
+    const __m512 values = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), _mm512_set1_ps(scale));
+    if (kind == kFloat32) {
+      _mm512_storeu_ps(static_cast<float*>(to) + at, values);
+      continue;
+    }
+    __m256i narrow;
+    if (kind == kFloat16) {
+      narrow = _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {
+#if defined(__AVX512BF16__)
+      narrow = (__m256i)_mm512_cvtneps_pbh(values);
+#else
+      // To nearest, ties to even; no level is a NaN.
+      const __m512i bits = _mm512_castps_si512(values);
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+      narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+#endif
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(to) + at), narrow);
+  }
+#else
+  for (int64_t i = 0; i < kGroup; ++i) store(to, kind, i, scale * static_cast<float>(levels[i]));
+#endif
+}
+
+// One tile as 16 rows of `kind`, each `columns` long.
+template <int kind>
+void unpack_tile(const Matrix& matrix, int64_t tile, void* to, int to_kind) {
+  const int64_t groups = matrix.columns / kGroup, size = to_kind == kFloat32 ? 4 : 2;
+  const uint8_t* codes = static_cast<const uint8_t*>(matrix.weights) + tile * groups * group_bytes<kind>();
+  const uint16_t* scales = static_cast<const uint16_t*>(matrix.scales) + tile * groups * kTile;
+  const float* row_scales = static_cast<const float*>(matrix.scales) + tile * kTile;
+  alignas(64) int8_t levels[kTile][kGroup];
+  for (int64_t group = 0; group < groups; ++group) {
+    decode<kind>(codes + group * group_bytes<kind>(), levels);
+    for (int64_t row = 0; row < kTile; ++row) {
+      const float scale = kind == kPacked4 ? from_half(scales[group * kTile + row]) : row_scales[row];
+      spread(levels[row], scale, static_cast<char*>(to) + (row * matrix.columns + group * kGroup) * size, to_kind);
+    }
+  }
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // One decoder layer for one token, as Llama and its kin compute it: norm, attention over the cache, norm, gated MLP.
@@ -761,32 +860,16 @@ int lyra_pack(const void* weights, int from, int kind, int64_t rows, int64_t col
   return 0;
 }
 
-// Rows `first` to `first + count` of a packed matrix, unpacked to (count, columns) of `to_kind`.
+// Rows `first` to `first + count` of a packed matrix, unpacked to (count, columns) of `to_kind`; both in whole tiles.
 int lyra_unpack(const Matrix* matrix, int64_t first, int64_t count, void* to, int to_kind, int threads) {
   if (!is_packed(matrix->kind) || first < 0 || first + count > matrix->rows) return 2;
-  const int64_t groups = matrix->columns / kGroup;
-  const int64_t bytes = matrix->kind == kPacked4 ? group_bytes<kPacked4>() : group_bytes<kPacked8>();
-  const auto* codes = static_cast<const uint8_t*>(matrix->weights);
-  const auto* scales = static_cast<const uint16_t*>(matrix->scales);
+  if (first % kTile || count % kTile) return 2;
+  const int64_t tiles = count / kTile;
   in_threads(threads, [&](int number, int of) {
-    for (int64_t row = first + count * number / of; row < first + count * (number + 1) / of; ++row) {
-      const int64_t tile = row / kTile, lane = row % kTile;
-      for (int64_t group = 0; group < groups; ++group) {
-        const uint8_t* from = codes + (tile * groups + group) * bytes;
-        const float scale = matrix->kind == kPacked4 ? from_half(scales[(tile * groups + group) * kTile + lane])
-                                                     : static_cast<const float*>(matrix->scales)[row];
-        for (int64_t i = 0; i < kGroup; ++i) {
-          const int64_t quad = i / kQuad, byte = lane * kQuad + i % kQuad;
-          int level;
-          if (matrix->kind == kPacked8) {
-            level = static_cast<int>(from[quad * 64 + byte]) - 128;
-          } else {
-            const uint8_t both = from[(quad / 2) * 64 + byte];
-            level = kLevels[quad % 2 ? both >> 4 : both & 15];
-          }
-          store(to, to_kind, (row - first) * matrix->columns + group * kGroup + i, scale * static_cast<float>(level));
-        }
-      }
+    for (int64_t tile = tiles * number / of; tile < tiles * (number + 1) / of; ++tile) {
+      char* place = static_cast<char*>(to) + tile * kTile * matrix->columns * (to_kind == kFloat32 ? 4 : 2);
+      if (matrix->kind == kPacked8) unpack_tile<kPacked8>(*matrix, first / kTile + tile, place, to_kind);
+      else unpack_tile<kPacked4>(*matrix, first / kTile + tile, place, to_kind);
     }
   });
   return 0;

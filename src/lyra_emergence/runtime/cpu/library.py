@@ -10,7 +10,6 @@ import ctypes
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lyra_emergence.cache_files import cache_path
+from lyra_emergence.compiler import find_compiler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -167,7 +167,7 @@ def find_library() -> Library | None:
 
 def is_compiled() -> bool:
     """Return whether `find_library` returns at once, with the kernels or without."""
-    compiler = _compiler()
+    compiler = find_compiler()
     with suppress(OSError, subprocess.SubprocessError):
         return compiler is None or _path(compiler).exists()
     return True
@@ -181,7 +181,7 @@ def why_none() -> str:
 
 @cache
 def _find() -> tuple[Library | None, str]:
-    compiler = _compiler()
+    compiler = find_compiler()
     if compiler is None:
         return None, "there is no C++ compiler (c++, g++ or clang++, or the one that CXX names)"
     try:
@@ -202,11 +202,6 @@ def _opened(path: Path) -> Library | None:
         if library.lyra_interface() == _INTERFACE:
             return Library(library)
     return None
-
-
-def _compiler() -> str | None:
-    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def _path(compiler: str) -> Path:

@@ -14,24 +14,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lyra_emergence.packing import rows_at_once
 from lyra_emergence.runtime.cpu.library import Matrix
 from lyra_emergence.runtime.cpu.linear import KINDS
 
 if TYPE_CHECKING:
-    from lyra_emergence.footprint import Quantization
+    from lyra_emergence.packing import Quantization
     from lyra_emergence.runtime.cpu.library import Library
 
-__all__ = ["PackedProjection", "packs", "tensors_of"]
+__all__ = ["PackedProjection", "tensors_of"]
 
-_GROUP = 32
-_TILE = 16
 _PACKED = {"8bit": 3, "4bit": 4}
 _SCALE_DTYPES = {"8bit": torch.float32, "4bit": torch.float16}
-
-
-def packs(rows: int, columns: int) -> bool:
-    """Return whether the kernels pack a matrix of that shape: whole tiles of rows, whole groups of inputs."""
-    return rows % _TILE == 0 and columns % _GROUP == 0
 
 
 class PackedProjection(nn.Module):
@@ -95,11 +89,17 @@ class PackedProjection(nn.Module):
         return y
 
     def _unpacking(self, x: torch.Tensor) -> torch.Tensor:
-        # Whole, as bitsandbytes does: a plan's figure holds whoever packed. Some rows at a time would take less.
-        return functional.linear(x, self.unpacked(x.dtype), self.bias)
+        """Return the projection of many tokens: some rows are unpacked at a time, and stay in a cache of the CPU."""
+        y = torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype)
+        step = rows_at_once(self.in_features, x.dtype.itemsize)
+        for first in range(0, self.out_features, step):
+            last = min(first + step, self.out_features)
+            bias = None if self.bias is None else self.bias[first:last]
+            y[..., first:last] = functional.linear(x, self.unpacked(x.dtype, first, last - first), bias)
+        return y
 
     def unpacked(self, dtype: torch.dtype, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Return rows of the matrix, (count, inputs)."""
+        """Return rows of the matrix, (count, inputs); whole tiles of 16."""
         count = self.out_features - first if count is None else count
         rows = torch.empty((count, self.in_features), dtype=dtype)
         threads = torch.get_num_threads()
