@@ -118,8 +118,22 @@ class Activations:
         )
 
     def with_unpacked_projection(self, workspace: int, on_cpu: int) -> Activations:
-        """Return the figures for packed layers: a projection takes so many bytes more while it runs."""
-        return replace(self._with_projection(workspace), cpu=self._with_projection(on_cpu))
+        """Return the figures for packed layers.
+
+        Args:
+            workspace: Bytes more that a projection takes while it runs.
+            on_cpu: Bytes more that a pass takes on the CPU.
+        """
+        return replace(self._with_projection(workspace), cpu=self._with_room(on_cpu))
+
+    def _with_room(self, room: int) -> Activations:
+        return replace(
+            self,
+            layer=self.layer + room,
+            earlier=self.earlier + room if self.earlier else 0,
+            cpu_layer=self.cpu_layer + room if self.cpu_layer else 0,
+            earlier_cpu_layer=self.earlier_cpu_layer + room if self.earlier_cpu_layer else 0,
+        )
 
     def _with_projection(self, workspace: int) -> Activations:
         return replace(

@@ -17,15 +17,12 @@ __all__ = [
     "kernels_pack",
     "packed_bytes",
     "packing_costs",
-    "rows_at_once",
 ]
 
 Quantization = Literal["8bit", "4bit"]
 
 KERNEL_TILE, KERNEL_GROUP = 16, 32
 """Lyra's kernels pack tiles of 16 rows, and groups of 32 inputs (`runtime/cpu/kernels.cpp`)."""
-_UNPACKED = 2**20
-"""Bytes that the kernels unpack at a time for a prompt: a part of what a core's own cache holds."""
 _NF4_BLOCK = 64
 """bitsandbytes keeps one float32 scale for every 64 weights in its 4-bit types."""
 _QUANT_CODE_BYTES = 16 * 4
@@ -60,7 +57,7 @@ class PackingCosts:
     Attributes:
         packing: In main memory, while a projection is packed on the CPU.
         unpacking: On an accelerator, while the largest projection runs, beside its input and output.
-        cpu_unpacking: As `unpacking`, on the CPU.
+        cpu_unpacking: As `unpacking`, on the CPU: Lyra's kernels unpack into room for the largest projection.
     """
 
     packing: int = 0
@@ -92,7 +89,7 @@ def packing_costs(
         unpacking=_unpacking(projections, quantization, tokens, itemsize),
         cpu_unpacking=max(
             _unpacking(theirs, quantization, tokens, itemsize),
-            max(((matrix.inputs + tokens) * _at_once(matrix, itemsize) * itemsize for matrix in ours), default=0),
+            max((matrix.elements for matrix in ours), default=0) * itemsize,
         ),
     )
 
@@ -106,15 +103,6 @@ def _unpacking(projections: Sequence[Projection], quantization: Quantization, to
     if quantization == "4bit":
         return max((matrix.elements for matrix in projections), default=0) * itemsize
     return max((tokens * (8 * m.outputs + (1 + itemsize) * m.inputs) for m in projections), default=0)
-
-
-def _at_once(matrix: Projection, itemsize: int) -> int:
-    return min(matrix.outputs, rows_at_once(matrix.inputs, itemsize))
-
-
-def rows_at_once(columns: int, itemsize: int) -> int:
-    """Return how many rows of a matrix the kernels unpack at a time for a prompt."""
-    return max(KERNEL_TILE, _UNPACKED // (columns * itemsize) // KERNEL_TILE * KERNEL_TILE)
 
 
 def kernels_pack(rows: int, columns: int) -> bool:

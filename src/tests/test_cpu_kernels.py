@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,12 +17,12 @@ from lyra_emergence.compiler import find_compiler
 from lyra_emergence.config import ModelConfig
 from lyra_emergence.generation import GenerationOptions, stream_generate
 from lyra_emergence.loading import load
-from lyra_emergence.packing import rows_at_once
 from lyra_emergence.runtime.cpu import decoder, library
 from lyra_emergence.runtime.cpu.choice import Choice
 from lyra_emergence.runtime.cpu.linear import quicken
 from lyra_emergence.runtime.cpu.packed import PackedProjection
 from lyra_emergence.runtime.kv_cache import give_room
+from lyra_emergence.runtime.scratch import keeping_scratch, scratch
 
 from .families import FAMILIES
 from .running import NEW_TOKENS, PROMPT, greedy, reference
@@ -154,23 +155,35 @@ def test_packed_weights_are_near(kernels: library.Library, quantization: Any, dt
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
-def test_a_prompt_unpacks_some_rows_at_a_time(kernels: library.Library, quantization: Any) -> None:
-    inputs = 1024
-    outputs = 2 * rows_at_once(inputs, 4) + 48
-    packed = PackedProjection(torch.randn(outputs, inputs), torch.randn(outputs), quantization, kernels)
-    x = torch.randn(3, 10, inputs)
-    whole = functional.linear(x, packed.unpacked(torch.float32), packed.bias)
-    assert _error(packed(x), whole) < 1e-6
-    some = packed.unpacked(torch.float32, 32, 48)
-    assert torch.equal(some, packed.unpacked(torch.float32)[32:80])
-    # What is unpacked is what few tokens are multiplied with: each input alone gives its column.
-    assert _error(packed(torch.eye(inputs)[:8]), some_columns(packed, 8)) < 1e-2
-
-
-def some_columns(packed: PackedProjection, count: int) -> torch.Tensor:
-    """The first columns of a packed matrix, a row each, with the bias."""
+def test_few_tokens_and_prompts_multiply_the_same_weights(kernels: library.Library, quantization: Any) -> None:
+    packed = PackedProjection(torch.randn(320, 1024), torch.randn(320), quantization, kernels)
+    unpacked = packed.unpacked(torch.float32)
+    assert torch.equal(packed.unpacked(torch.float32, 32, 48), unpacked[32:80])
+    # Each input alone gives its column; 1 is exact in 8 bits.
+    alone = torch.eye(1024)[:8]
     assert packed.bias is not None
-    return packed.unpacked(torch.float32)[:, :count].T + packed.bias
+    assert _error(packed(alone), unpacked[:, :8].T + packed.bias) < 1e-6
+    x = torch.randn(3, 10, 1024)
+    assert torch.equal(packed(x), functional.linear(x, unpacked, packed.bias))
+    assert torch.equal(packed.unpacked(torch.bfloat16), unpacked.bfloat16())
+    assert torch.equal(packed.unpacked(torch.float16), unpacked.half())
+
+
+def test_room_to_unpack_is_made_once_for_a_prompt() -> None:
+    with keeping_scratch():
+        large = scratch(8, 16, torch.float32)
+        assert scratch(4, 16, torch.bfloat16).data_ptr() == large.data_ptr()
+        others: list[int] = []
+        thread = threading.Thread(target=lambda: others.append(scratch(8, 16, torch.float32).data_ptr()))
+        thread.start()
+        thread.join()
+        assert others != [large.data_ptr()]
+        with keeping_scratch():
+            assert scratch(8, 16, torch.float32).data_ptr() == large.data_ptr()
+        assert scratch(8, 16, torch.float32).data_ptr() == large.data_ptr()
+        assert scratch(8, 17, torch.float32).shape == (8, 17)
+    gone = weakref.ref(scratch(8, 16, torch.float32))
+    assert gone() is None
 
 
 @pytest.mark.parametrize("shape", ["normal", "outliers"])

@@ -30,6 +30,7 @@ from lyra_emergence.runtime.kv_cache import (
 from lyra_emergence.runtime.memory import give_back, keep_freed_memory, return_freed_memory, stop_using_onednn
 from lyra_emergence.runtime.recovery import Recovery, failing_device
 from lyra_emergence.runtime.residency import CPU
+from lyra_emergence.runtime.scratch import keeping_scratch
 from lyra_emergence.runtime.stepping import caches_of, feeding_of
 from lyra_emergence.units import format_bytes
 
@@ -211,8 +212,9 @@ class Stepper:
         long = len(self._seen) - self._held > 1
         if long:
             return_freed_memory()
-        while self._held < len(self._seen):
-            logits = self._run()
+        with keeping_scratch():
+            while self._held < len(self._seen):
+                logits = self._run()
         if long:
             keep_freed_memory()
         assert logits is not None  # there is at least the token that was just given

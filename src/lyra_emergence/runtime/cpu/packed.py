@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lyra_emergence.packing import rows_at_once
 from lyra_emergence.runtime.cpu.library import Matrix
 from lyra_emergence.runtime.cpu.linear import KINDS
+from lyra_emergence.runtime.scratch import scratch
 
 if TYPE_CHECKING:
     from lyra_emergence.packing import Quantization
@@ -89,22 +89,20 @@ class PackedProjection(nn.Module):
         return y
 
     def _unpacking(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the projection of many tokens: some rows are unpacked at a time, and stay in a cache of the CPU."""
-        y = torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype)
-        step = rows_at_once(self.in_features, x.dtype.itemsize)
-        for first in range(0, self.out_features, step):
-            last = min(first + step, self.out_features)
-            bias = None if self.bias is None else self.bias[first:last]
-            y[..., first:last] = functional.linear(x, self.unpacked(x.dtype, first, last - first), bias)
-        return y
+        # Whole: in parts of some rows, torch's products take 1.3 to 4 times as long.
+        rows = scratch(self.out_features, self.in_features, x.dtype)
+        self._unpack_into(rows, 0)
+        return functional.linear(x, rows, self.bias)
 
     def unpacked(self, dtype: torch.dtype, first: int = 0, count: int | None = None) -> torch.Tensor:
         """Return rows of the matrix, (count, inputs); whole tiles of 16."""
-        count = self.out_features - first if count is None else count
-        rows = torch.empty((count, self.in_features), dtype=dtype)
-        threads = torch.get_num_threads()
-        self._library.unpack(ctypes.byref(self.matrix), first, count, rows.data_ptr(), KINDS[dtype], threads)
+        rows = torch.empty((self.out_features - first if count is None else count, self.in_features), dtype=dtype)
+        self._unpack_into(rows, first)
         return rows
+
+    def _unpack_into(self, rows: torch.Tensor, first: int) -> None:
+        threads, kind = torch.get_num_threads(), KINDS[rows.dtype]
+        self._library.unpack(ctypes.byref(self.matrix), first, len(rows), rows.data_ptr(), kind, threads)
 
     def extra_repr(self) -> str:
         """Return the shape for `repr`."""
