@@ -8,20 +8,24 @@ from torch import nn
 
 from lyra_emergence.load_report import LoadEvent
 from lyra_emergence.runtime.cpu.choice import Choice
-from lyra_emergence.runtime.cpu.decoder import agrees, fuse, is_known
+from lyra_emergence.runtime.cpu.decoder import agrees, fuse, is_known, passes
 from lyra_emergence.runtime.cpu.library import find_library, is_compiled
-from lyra_emergence.runtime.cpu.linear import KINDS, is_quick, matrix_of, quicken
+from lyra_emergence.runtime.cpu.linear import is_quick, matrix_of, quicken
 from lyra_emergence.runtime.cpu.packed import PackedProjection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lyra_emergence.runtime.blocks import PlacedBlock
+    from lyra_emergence.runtime.cpu.library import Library
 
 __all__ = ["is_sped_up", "speed_up"]
 
 _LEAST_MEASURED = 2**20
 """Bytes of a weight that are worth a measurement: smaller ones stay in the CPU's caches."""
+
+_BEYOND_CACHES = 512 * 2**20
+_MOST_LAYERS = 8
 
 
 def speed_up(model: Any, blocks: Sequence[PlacedBlock], tell: Callable[[LoadEvent], None]) -> None:
@@ -40,8 +44,8 @@ def speed_up(model: Any, blocks: Sequence[PlacedBlock], tell: Callable[[LoadEven
     choice.measure(linear.weight for linear in taken if linear.weight.nbytes >= _LEAST_MEASURED)
     for linear in taken:
         quicken(linear, library, choice.prefers_kernels)
-    layers = [block for block in here if is_known(block) and _is_all_faster(block, choice)]
-    if layers and agrees(model, layers[0], library):
+    layers = [block for block in here if is_known(block)]
+    if layers and agrees(model, layers[0], library) and _is_fused_faster(model, layers, library, choice):
         for layer in layers:
             fuse(layer, library)
 
@@ -51,6 +55,14 @@ def is_sped_up(model: Any) -> bool:
     return any(isinstance(module, PackedProjection) or is_quick(module) for module in model.modules())
 
 
-def _is_all_faster(module: nn.Module, choice: Choice) -> bool:
-    weights = [part.weight for part in module.modules() if type(part) is nn.Linear]
-    return all(choice.prefers_kernels(weight, 1) for weight in weights if weight.dtype in KINDS)
+def _is_fused_faster(model: Any, layers: Sequence[nn.Module], library: Library, choice: Choice) -> bool:
+    """Return whether a token takes less time through layers in one call each; layers that are packed are taken so."""
+    weights = [part.weight for part in layers[0].modules() if type(part) is nn.Linear]
+    size = sum(weight.nbytes for weight in weights)
+    if size < _LEAST_MEASURED:
+        return True
+    # As many as do not stay in the CPU's caches.
+    met = layers[: max(1, min(_MOST_LAYERS, _BEYOND_CACHES // size))]
+    shapes = ", ".join("x".join(map(str, weight.shape)) for weight in weights)
+    name = f"{type(layers[0]).__name__} {str(weights[0].dtype).removeprefix('torch.')}: {shapes}"
+    return choice.prefers(name, *passes(model, met, library))

@@ -79,6 +79,14 @@ class Choice:
             if missing:
                 self._keep()
 
+    def prefers(self, name: str, ours: Callable[[], None], others: Callable[[], None]) -> bool:
+        """Return whether `ours` is the faster one, as was measured for `name`, or is now."""
+        with _lock:
+            if name not in self._faster:
+                self._faster[name] = _is_first(ours, others)
+                self._keep()
+            return self._faster[name]
+
     @torch.inference_mode()
     def _is_faster(self, alike: list[torch.Tensor], tokens: int) -> bool:
         weight = alike[0]
@@ -97,7 +105,7 @@ class Choice:
                 assert matrix is not None  # of a dtype that the kernels take, and whole
                 self._library.linear(x.data_ptr(), y.data_ptr(), kind, tokens, ctypes.byref(matrix), threads)
 
-        return _fastest(by_kernels) <= _fastest(by_torch)
+        return _is_first(by_kernels, by_torch)
 
     def _keep(self) -> None:
         others = {name: found for name, found in self._read().items() if name != self._machine}
@@ -112,14 +120,18 @@ class Choice:
         return {}
 
 
-def _fastest(work: Callable[[], None]) -> float:
-    """Return the seconds of the fastest of some rounds: others on the machine only ever add to them."""
-    times = []
+def _is_first(ours: Callable[[], None], others: Callable[[], None]) -> bool:
+    """Return whether `ours` takes no longer, by the fastest of some rounds: what else runs only ever adds to them.
+
+    They take turns, so that a machine that is busy for a while is busy for both.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
     for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times)
+        for work, taken in zip((ours, others), times, strict=True):
+            started = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - started)
+    return min(times[0]) <= min(times[1])
 
 
 def _as_measured(tokens: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +23,9 @@ from lyra_emergence.runtime.cpu.packed import PackedProjection, tensors_of
 from lyra_emergence.runtime.kv_cache import RoomyLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-__all__ = ["agrees", "fuse", "is_known"]
+__all__ = ["agrees", "fuse", "is_known", "passes"]
 
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Classes of transformers whose layers compute what `lyra_layer` computes; `agrees` checks each model all the same."""
@@ -225,6 +226,54 @@ def _has(layer: nn.Module, path: str) -> bool:
     return isinstance(getattr(layer.get_submodule(parent) if parent else layer, leaf, None), nn.Module)
 
 
+class _Trial:
+    """Made-up hidden states, and what a layer makes of the last one.
+
+    Args:
+        model: The model, which knows the angles of positions.
+        layer: One of its layers, of a kind that the kernels know.
+    """
+
+    def __init__(self, model: Any, layer: nn.Module) -> None:
+        norm: Any = layer.input_layernorm
+        made = torch.Generator().manual_seed(0)
+        self._config = model.config
+        self._states = torch.randn((1, _TRIED + 1, norm.weight.shape[0]), generator=made).to(norm.weight.dtype)
+        self._positions = torch.arange(_TRIED + 1)[None]
+        self._cosine, self._sine = model.model.rotary_emb(self._states, self._positions)
+
+    @property
+    def last(self) -> torch.Tensor:
+        """The state of the token that is tried, (1, 1, hidden)."""
+        return self._states[:, _TRIED:]
+
+    def prepare(self, layer: nn.Module, shape: _Shape) -> DynamicCache:
+        """Return caches that hold the tokens before the last one."""
+        cache = DynamicCache(config=self._config)
+        cache.layers[shape.index] = RoomyLayer(_TRIED + 1)
+        self._run(layer.forward, cache, slice(0, _TRIED))
+        return cache
+
+    def run(self, forward: Any, cache: DynamicCache) -> torch.Tensor:
+        """Return what `forward` makes of the last token, (1, 1, hidden)."""
+        return self._run(forward, cache, slice(_TRIED, _TRIED + 1))
+
+    def _run(self, forward: Any, cache: DynamicCache, part: slice) -> torch.Tensor:
+        angles = (self._cosine[:, part], self._sine[:, part])
+        output = forward(
+            self._states[:, part],
+            position_ids=self._positions[:, part],
+            past_key_values=cache,
+            position_embeddings=angles,
+        )
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+
+def _can_try(model: Any) -> bool:
+    return getattr(getattr(model, "model", None), "rotary_emb", None) is not None
+
+
 @torch.inference_mode()
 def agrees(model: Any, layer: nn.Module, library: Library) -> bool:
     """Return whether the kernels compute for `layer` what its own forward pass does, tried on made-up hidden states.
@@ -232,26 +281,30 @@ def agrees(model: Any, layer: nn.Module, library: Library) -> bool:
     A class may be known and its configuration ask for something else.
     """
     shape = _shape_of(layer)
-    rotary: Any = getattr(getattr(model, "model", None), "rotary_emb", None)
-    if shape is None or rotary is None:
+    if shape is None or not _can_try(model):
         return False
-    norm: Any = layer.input_layernorm
-    dtype = norm.weight.dtype
-    made = torch.Generator().manual_seed(0)
-    states = torch.randn((1, _TRIED + 1, norm.weight.shape[0]), generator=made).to(dtype)
-    positions = torch.arange(_TRIED + 1)[None]
-    cosine, sine = rotary(states, positions)
-    found = []
-    for forward in (layer.forward, _Forward(layer, library, shape)):
-        cache = DynamicCache(config=model.config)
-        cache.layers[shape.index] = RoomyLayer(_TRIED + 1)
-        for part in (slice(0, _TRIED), slice(_TRIED, _TRIED + 1)):
-            angles = (cosine[:, part], sine[:, part])
-            output = forward(
-                states[:, part], position_ids=positions[:, part], past_key_values=cache, position_embeddings=angles
-            )
-        found.append((output[0] if isinstance(output, tuple) else output).float())
-    own, fused = found
+    trial = _Trial(model, layer)
+    own, fused = (
+        trial.run(forward, trial.prepare(layer, shape)).float()
+        for forward in (layer.forward, _Forward(layer, library, shape))
+    )
     # The change that the layer makes, not what it passes on, is to be the same.
-    change = (own - states[:, _TRIED:].float()).norm()
-    return bool((own - fused).norm() <= _TOLERANCE[dtype] * change)
+    change = (own - trial.last.float()).norm()
+    return bool((own - fused).norm() <= _TOLERANCE[trial.last.dtype] * change)
+
+
+def passes(model: Any, layers: Sequence[nn.Module], library: Library) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return a pass of one token through each of `layers` in one call of the kernels, and one through their modules."""
+    trial = _Trial(model, layers[0])
+    shapes = [shape for layer in layers if (shape := _shape_of(layer)) is not None]
+    with torch.inference_mode():
+        caches = [trial.prepare(layer, shape) for layer, shape in zip(layers, shapes, strict=True)]
+    fused = [_Forward(layer, library, shape) for layer, shape in zip(layers, shapes, strict=True)]
+
+    def run(forwards: Sequence[Any]) -> None:
+        with torch.inference_mode():
+            for forward, cache, shape in zip(forwards, caches, shapes, strict=True):
+                trial.run(forward, cache)
+                cache.layers[shape.index].crop(-1)
+
+    return partial(run, fused), partial(run, [layer.forward for layer in layers])
