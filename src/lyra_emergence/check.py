@@ -214,6 +214,7 @@ def _devices(plan: Plan, held: dict[str, int | None], peaks: dict[str, int | Non
             running += kernel_buffers(plan.footprint.dtype, plan.footprint.kernels)
             # Layers are packed before any kernel runs.
             running = max(running, use.packing + kernel_buffers(plan.footprint.dtype, 0))
+        private += use.streaming
         predicted = private + running
         checks.append(DeviceCheck(use.device, predicted, peaks[use.device], private, held[use.device], use.mapped))
     return tuple(checks)

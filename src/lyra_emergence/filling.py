@@ -11,19 +11,20 @@ Invariants:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lyra_emergence.dividing import divide_layers
 from lyra_emergence.filler import Filler
-from lyra_emergence.placement import CPU, DISK, Placement, measure_use
+from lyra_emergence.placement import CPU, DISK, Placement
+from lyra_emergence.spilling import spill_to_disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from lyra_emergence.budgets import Budget, Request
-    from lyra_emergence.footprint import BlockFootprint, Footprint
+    from lyra_emergence.footprint import Footprint
 
 __all__ = ["crossings", "fast_layers", "place", "slow_bytes"]
 
@@ -53,7 +54,7 @@ def place(
     else:
         ways = [_limited(Filler(footprint, budgets, apart=apart), layer_limit) for apart in (False, True)]
         placed = min(ways, key=lambda way: (-fast_layers(way), slow_bytes(way, footprint)))
-    return _spill_to_disk(placed, footprint, request.cpu)
+    return spill_to_disk(placed, footprint, request.cpu)
 
 
 def _best(footprint: Footprint, request: Request, budgets: Sequence[Budget]) -> tuple[Placement, ...]:
@@ -126,16 +127,12 @@ def slow_bytes(placements: Sequence[Placement], footprint: Footprint) -> float:
     """Return the bytes of weights that a token reads from main memory or the disk: what its time goes into."""
     blocks = {block.name: block for block in footprint.blocks}
     slow = [p for p in placements if p.device in (CPU, DISK) and p.kind not in ("embedding", "other")]
-    return sum(_read(blocks[p.block], blocks) * blocks[p.block].active_share for p in slow)
+    return sum(blocks[p.block].read_from(blocks) * blocks[p.block].active_share for p in slow)
 
 
 def fast_layers(placements: Sequence[Placement]) -> int:
     """Return how many layers are on accelerators."""
     return sum(p.kind == "layer" and p.device not in (CPU, DISK) for p in placements)
-
-
-def _read(block: BlockFootprint, blocks: Mapping[str, BlockFootprint]) -> int:
-    return block.weights + (blocks[block.tied_to].weights if block.tied_to else 0)
 
 
 def _filled(
@@ -161,30 +158,3 @@ def _limited(filler: Filler, layer_limit: int) -> tuple[Placement, ...]:
         filler.clear()  # embeddings alone gain nothing there
     filler.fill_experts()
     return filler.finish(layer_limit)
-
-
-def _spill_to_disk(placed: tuple[Placement, ...], footprint: Footprint, cpu: Budget) -> tuple[Placement, ...]:
-    """Leave CPU blocks in the file until the rest fits main memory."""
-    over = -measure_use(placed, footprint, (cpu,))[0].unused
-    spilled: set[str] = set()
-    for placement in _spill_order(placed, footprint):
-        if over <= 0:
-            break
-        spilled.add(placement.block)
-        over -= placement.weights
-    if not spilled:
-        return placed
-    tied = {block.name: block.tied_to for block in footprint.blocks}
-    spilled |= {p.block for p in placed if p.device == CPU and p.weights == 0 and tied[p.block] in spilled}
-    reason = f"main memory cannot hold it ({cpu.reason}): read from the file as it is used"
-    return tuple(replace(p, device=DISK, reason=reason) if p.block in spilled else p for p in placed)
-
-
-def _spill_order(placed: Sequence[Placement], footprint: Footprint) -> list[Placement]:
-    """Return the CPU's blocks that may stay in the file: lookups, experts and layers from the last, then the rest."""
-    mapped = {block.name for block in footprint.blocks if block.mapped}
-    shared = {block.tied_to for block in footprint.blocks}
-    here = [p for p in reversed(placed) if p.device == CPU and p.block in mapped and p.weights > 0]
-    rank = {p.block: {"experts": 1, "layer": 2}.get(p.kind, 3) for p in here}
-    rank |= {p.block: 0 for p in here if p.kind == "embedding" and p.block not in shared}
-    return sorted(here, key=lambda p: rank[p.block])

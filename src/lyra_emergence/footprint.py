@@ -88,6 +88,10 @@ class BlockFootprint:
         """Weights and KV cache together, in bytes."""
         return self.weights + self.kv_cache
 
+    def read_from(self, blocks: Mapping[str, BlockFootprint]) -> int:
+        """Return the bytes of weights that running it reads: of a tied block among `blocks`, also those it shares."""
+        return self.weights + (blocks[self.tied_to].weights if self.tied_to else 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from lyra_emergence.budgets import Budget
     from lyra_emergence.footprint import BlockFootprint, Footprint
 
-__all__ = ["CPU", "DISK", "DeviceUse", "Placement", "check_fits", "measure_use", "refuse"]
+__all__ = ["CPU", "DISK", "STREAM_BUFFERS", "DeviceUse", "Placement", "check_fits", "measure_use", "refuse"]
 
 CPU, DISK = "cpu", "disk"
+STREAM_BUFFERS = 2
+"""Blocks that are in main memory at once of those that are streamed: one runs while the next is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class Placement:
         weights: Bytes of its weights there.
         kv_cache: Bytes of its keys and values there.
         reason: Why there.
+        streamed: Whether a block on disk is read ahead, in order, into buffers that are used again; else its pages are
+            read as they are met.
     """
 
     block: str
@@ -38,6 +42,7 @@ class Placement:
     weights: int
     kv_cache: int
     reason: str
+    streamed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -57,6 +62,7 @@ class DeviceUse:
         mapped: Bytes of the weights that are a map of the file, whose pages the kernel may take back.
         kv_cache: Keys and values of the blocks that compute there.
         activations: Temporaries at their most while its blocks run.
+        streaming: Buffers in main memory through which blocks on disk are streamed.
         packing: What packing layers takes for a moment in main memory while they load: before there is a KV cache.
         reserved: What the framework itself takes.
         layers: How many layers are there, with or without their experts.
@@ -74,6 +80,7 @@ class DeviceUse:
     mapped: int = 0
     experts: int = 0
     packing: int = 0
+    streaming: int = 0
 
     @property
     def temporaries(self) -> int:
@@ -83,7 +90,7 @@ class DeviceUse:
     @property
     def used(self) -> int:
         """Everything together, in bytes."""
-        return self.weights + self.kv_cache + self.temporaries + self.reserved
+        return self.weights + self.kv_cache + self.temporaries + self.streaming + self.reserved
 
     @property
     def unused(self) -> int:
@@ -124,7 +131,13 @@ def _use(device: str, placements: Sequence[Placement], footprint: Footprint, bud
         experts=len({blocks[p.block].index for p in here if p.kind == "experts"}),
         packing=footprint.packing if device == CPU and "layer" in parts else 0,
         mapped=sum(p.weights for p in here if device in (CPU, DISK) and blocks[p.block].mapped),
+        streaming=_buffers(placements, blocks) if device == CPU else 0,
     )
+
+
+def _buffers(placements: Sequence[Placement], blocks: Mapping[str, BlockFootprint]) -> int:
+    """Return the bytes of the buffers through which blocks are streamed."""
+    return STREAM_BUFFERS * max((blocks[p.block].read_from(blocks) for p in placements if p.streamed), default=0)
 
 
 def _homes(placements: Sequence[Placement], blocks: Mapping[str, BlockFootprint]) -> int:

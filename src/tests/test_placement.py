@@ -270,12 +270,53 @@ def test_what_has_its_home_in_main_memory_counts_there_wherever_its_copy_is(copi
         assert (held.get("cuda:0", 0), held["cpu"]) == (gpu, cpu)
 
 
-def test_the_disk_takes_lookups_then_layers_from_the_last_then_the_rest() -> None:
-    footprint = model([(10, 2)] * 3, embedding=20, norm=1, head=10)
-    expected = ["embed", "layers.2", "layers.1", "layers.0", "head", "norm"]
-    for over, count in ((0, 0), (1, 1), (20, 1), (21, 2), (30, 2), (31, 3), (50, 4), (51, 5), (61, 6), (99, 6)):
-        placed = place(footprint, request(cpu=67 - over))
-        assert {p.block for p in placed if p.device == DISK} == set(expected[:count]), over
+def test_the_disk_takes_lookups_then_layers_evenly_then_the_rest() -> None:
+    footprint = model([(10, 2)] * 6, embedding=20, norm=1, head=10)
+    expected = {
+        **dict.fromkeys((0,), ""),
+        **dict.fromkeys((1, 20), "e"),
+        # Two buffers of 10: three layers free 10, four 20.
+        **dict.fromkeys((21, 30), "e135"),
+        **dict.fromkeys((31, 40), "e1245"),
+        **dict.fromkeys((41, 50), "e12345"),
+        **dict.fromkeys((51, 60), "e012345"),
+        61: "e012345h",
+        70: "e012345h",
+        71: "e012345hn",
+    }
+    short = {"embed": "e", "head": "h", "norm": "n", **{f"layers.{at}": str(at) for at in range(6)}}
+    for over, names in expected.items():
+        asked = request(cpu=20 + 6 * 12 + 11 - over)
+        placed = place(footprint, asked)
+        assert "".join(short[p.block] for p in placed if p.device == DISK) == "".join(
+            sorted(names, key="e012345nh".index)
+        ), over
+        assert [p.block for p in placed if p.streamed] == [
+            p.block for p in placed if p.device == DISK and p.kind in ("layer", "head")
+        ]
+        cpu = measure_use(placed, footprint, (asked.cpu,))[0]
+        assert cpu.streaming == 20 * any(p.streamed for p in placed)
+        assert cpu.unused >= 0
+
+
+def test_what_leaves_no_room_for_buffers_is_left_to_the_kernel() -> None:
+    footprint = model([(10, 2)] * 6, embedding=20, norm=1, head=10)
+    placed = place(footprint, request(cpu=6 * 2 + 19))
+    # All that can be left in the file are 91, of which buffers take 20: one too few. Without them, 80 are enough.
+    assert [p.block for p in placed if p.device == DISK] == ["embed", *(f"layers.{at}" for at in range(6))]
+    assert not any(p.streamed for p in placed)
+
+
+def test_a_tied_head_is_streamed_from_its_table() -> None:
+    footprint = model([(20, 0)] * 4, embedding=10, norm=0, tied="head")
+    asked = request(cpu=45)
+    placed = place(footprint, asked)
+    assert [(p.block, p.streamed) for p in placed if p.device == DISK] == [
+        ("embed", False),
+        *((f"layers.{at}", True) for at in range(4)),
+        ("head", True),
+    ]
+    assert measure_use(placed, footprint, (asked.cpu,))[0].used == 2 * 20
 
 
 def test_a_shared_embedding_is_no_lookup_and_takes_the_head_along() -> None:

@@ -387,14 +387,22 @@ def test_what_main_memory_cannot_hold_stays_in_the_file(phi2: CheckpointIndex) -
     whole, short = WHOLE - EMBEDDING, WHOLE - EMBEDDING - 1
     assert [p.block for p in plan(phi2, machine(cpu=whole)).placements if p.device == "disk"] == ["model.embed_tokens"]
     made = plan(phi2, machine(cpu=short))
+    # Two buffers for three layers: one less does not free any memory.
     spilled = [p for p in made.placements if p.device == "disk"]
-    assert [p.block for p in spilled] == ["model.embed_tokens", "model.layers.31"]
-    assert {p.reason for p in spilled} == {
-        "main memory cannot hold it (6.08 GB free): read from the file as it is used"
-    }
+    layers = ["model.layers.10", "model.layers.21", "model.layers.31"]
+    assert [(p.block, p.streamed) for p in spilled] == [
+        ("model.embed_tokens", False),
+        *((layer, True) for layer in layers),
+    ]
+    assert {p.reason.partition(": ")[0] for p in spilled} == {"main memory cannot hold it (6.08 GB free)"}
+    assert [p.reason.partition(": ")[2] for p in spilled] == [
+        "read from the file as it is used",
+        *["read from the file ahead of its use"] * 3,
+    ]
     cpu, disk = made.devices
-    assert (cpu.kv_cache, cpu.activations, cpu.layers) == (32 * CACHE, BUSY, 31)
-    assert (disk.weights, disk.layers, disk.limit) == (EMBEDDING + LAYER, 1, 0)
+    assert (cpu.kv_cache, cpu.activations, cpu.layers, cpu.streaming) == (32 * CACHE, BUSY, 29, 2 * LAYER)
+    assert cpu.used == WHOLE - EMBEDDING - LAYER
+    assert (disk.weights, disk.layers, disk.limit) == (EMBEDDING + 3 * LAYER, 3, 0)
 
 
 def test_converted_and_quantized_blocks_never_go_to_disk(phi2: CheckpointIndex) -> None:
@@ -411,6 +419,12 @@ def test_converted_and_quantized_blocks_never_go_to_disk(phi2: CheckpointIndex) 
 def test_a_map_may_leave_stored_blocks_on_disk(phi2: CheckpointIndex) -> None:
     made = plan(phi2, machine(), device_map={"": "cpu", "model.embed_tokens": "disk"})
     assert made.device_map()["model.embed_tokens"] == "disk"
+    layers = [f"model.layers.{at}" for at in (3, 4, 5)]
+    for count, streamed in ((2, []), (3, layers)):
+        made = plan(phi2, machine(), device_map={"": "cpu", **dict.fromkeys(layers[:count], "disk")})
+        assert [p.block for p in made.placements if p.streamed] == streamed
+        assert {p.block for p in made.placements if p.device == "disk"} == set(layers[:count])
+        assert made.devices[0].streaming == bool(streamed) * 2 * LAYER
 
 
 def test_an_open_context_is_shortened_and_said(phi2: CheckpointIndex) -> None:
@@ -524,7 +538,7 @@ def test_json_is_plain_data_with_stable_keys(phi2: CheckpointIndex) -> None:
     assert data["device_map"] == made.device_map()
     assert list(data["devices"][0]) == [
         "device", "limit", "total", "weights", "kv_cache", "activations", "reserved", "layers", "mapped",
-        "experts", "packing", "used", "unused",
+        "experts", "packing", "streaming", "used", "unused",
     ]  # fmt: skip
     assert data["placements"][1] == {
         "block": "model.layers.0",
@@ -533,6 +547,7 @@ def test_json_is_plain_data_with_stable_keys(phi2: CheckpointIndex) -> None:
         "weights": LAYER,
         "kv_cache": CACHE,
         "reason": "fits, layer 1 in order",
+        "streamed": False,
     }
     assert data["rungs"][2] == {
         "name": "fallback",

@@ -155,6 +155,16 @@ def test_blocks_on_disk_are_read_from_the_file_and_computed_on_the_cpu(llama: Fo
     assert there - here == pytest.approx(LAYER / 1e5 - LAYER * ODD_PAGES / 1e6)
 
 
+def test_streamed_blocks_are_read_while_others_run(llama: Footprint) -> None:
+    here = placed(llama)
+    ahead = tuple(replace(p, device="disk", streamed=True) if p.kind == "layer" else p for p in here)
+    reading = LAYERS * LAYER / 1e5
+    assert decode_seconds(predict(llama, ahead, RATES)) == pytest.approx(reading + 0.5)
+    fast = replace(RATES, file_read=exact(1e12))
+    computing = decode_seconds(predict(llama, ahead, fast))
+    assert computing == pytest.approx(decode_seconds(predict(llama, here, RATES)))
+
+
 def test_an_accelerator_overlaps_reading_and_overhead(llama: Footprint) -> None:
     speed = predict(llama, placed(llama, "cuda:0"), RATES, heads_per_key=1)
     assert decode_seconds(speed) == pytest.approx(LAYERS * 0.125 + 0.25)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["band_text", "explain_block", "render_plan", "render_speed", "summary"]
 
-_FILLS: Final = ("█", "▓", "▒", "░", "·")
-_ASCII_FILLS: Final = ("#", "=", "~", ":", ".")
-_PARTS: Final = ("weights", "KV cache", "activations", "headroom")
+_FILLS: Final = ("█", "▓", "▒", "▚", "░", "·")
+_ASCII_FILLS: Final = ("#", "=", "~", "%", ":", ".")
+_PARTS: Final = ("weights", "KV cache", "activations", "read ahead", "headroom")
 _ACCELERATOR_STYLES: Final[tuple[Style, ...]] = ("green", "magenta", "cyan", "yellow")
 _HOST_STYLES: Final[dict[str, Style]] = {"cpu": "blue", "disk": "dim"}
 _NARROWEST_BAR: Final = 10
@@ -112,9 +112,10 @@ def _header(plan: Plan, name: str, console: Console) -> Iterator[str]:
 def _device(use: DeviceUse, plan: Plan, console: Console) -> Iterator[str]:
     label = use.device.ljust(max(len(u.device) for u in plan.devices))
     fills = _FILLS if console.can_show("".join(_FILLS)) else _ASCII_FILLS
-    amounts = (use.weights, use.kv_cache, use.temporaries, use.reserved)
+    amounts = (use.weights, use.kv_cache, use.temporaries, use.streaming, use.reserved)
     if use.limit == 0:
-        on_disk = f"{format_bytes(use.used)}, read from the file as it is used"
+        ahead = any(p.streamed for p in plan.placements)
+        on_disk = f"{format_bytes(use.used)}, read from the file {'ahead of its use' if ahead else 'as it is used'}"
         yield f"{label}  {on_disk if use.device == DISK else 'nothing free that may be used'}"
         return
     figures = f"{format_bytes(use.used)} of {format_bytes(use.limit)}"

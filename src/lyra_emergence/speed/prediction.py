@@ -2,7 +2,8 @@
 
 Decoding reads every weight once a token (of a mixture's experts, the active ones), appends to the KV cache and reads
 it, and pays for each layer's Python and small operators. On the CPU these times add up; an accelerator works while
-Python prepares what comes next, so the longer of the two counts, and at the worst both.
+Python prepares what comes next, so the longer of the two counts, and at the worst both. The same goes for blocks that
+are streamed: they are read while others run.
 
 Prefill is the products of a chunk of tokens with the weights. Below float32 on the CPU, each product with an expert's
 weights has a number of rows of its own, and pays for the kernel that oneDNN compiles for it.
@@ -49,6 +50,8 @@ _KERNELS_PACKED_READ = {"8bit": 1.0, "4bit": 0.9}
 _PACKED_ERROR: _Error = (1.8, 2.0)
 _FILE_ERROR: _Error = (1.25, 3.0)
 """On reading from a map page by page instead of in pieces, while the kernel drops what comes next."""
+_STREAM_ERROR: _Error = (1.5, 2.0)
+"""On reading ahead in order: disks that others use too are now faster, now slower than they were probed."""
 _CACHE_ERROR: _Error = (1.6, 1.6)
 _LAYER_ERROR: _Error = (1.5, 1.8)
 """On small operators: the probe's model is narrow, and other families have more or fewer of them."""
@@ -89,17 +92,25 @@ class Speed:
 class _Work:
     """What a device does for a token: bytes read by where and how they are, layers run, weights multiplied.
 
+    From the file, `streamed` bytes are read ahead, and `paged` ones as their pages are met.
+
     Of a chunk of prefill, `experts` and their `active_share` say how many products with experts there are.
     """
 
     plain: float = 0
     packed: float = 0
     streamed: float = 0
+    paged: float = 0
     cached: float = 0
     layers: int = 0
     products: float = 0
     experts: int = 0
     active_share: float = 1.0
+
+    @property
+    def from_file(self) -> float:
+        """Bytes that are read from the file in either way."""
+        return self.streamed + self.paged
 
 
 def predict(
@@ -129,7 +140,8 @@ def predict(
     devices = [
         _Device(name, work, found, rates.file_read, footprint.quantization, heads_per_key, footprint.fused, is_low)
         for name, work in works.items()
-        if (found := _measured(rates, name, footprint.dtype)) is not None and (rates.file_read or not work.streamed)
+        if (found := _measured(rates, name, footprint.dtype)) is not None
+        and (rates.file_read or not work.streamed + work.paged)
     ]
     route = [_computes_on(placement) for placement in placements if placement.kind != "other"]
     if not devices or len(devices) < len(works):
@@ -172,8 +184,10 @@ def _works(
         read = held * active_share.get(placement.block, 1.0)
         is_layer = placement.kind == "layer"
         packing = footprint.quantization if is_layer else None
-        if placement.device == DISK:
+        if placement.streamed:
             work.streamed += read
+        elif placement.device == DISK:
+            work.paged += read
         elif packing:
             work.packed += read
         else:
@@ -209,15 +223,17 @@ class _Device:
         mapped = _MAP_LIKELY if self.name == CPU else 1
         works = [
             self.rates.read.under(self.work.plain * mapped).widened(*_READ_ERROR),
-            self._streamed(),
+            self._paged(),
             self._cached().widened(*_CACHE_ERROR),
         ]
         if self.packing:
             share = (_KERNELS_PACKED_READ if self._has_kernels() else _PACKED_READ)[self.packing]
             works.append(self.rates.read.times(share).under(self.work.packed).widened(*_PACKED_ERROR))
         if self.fused and self.rates.fused_layer is not None:
-            return _total(works) + self.rates.fused_layer.times(self.work.layers).widened(*_LAYER_ERROR)
-        return self._with_layers(_total(works))
+            run = _total(works) + self.rates.fused_layer.times(self.work.layers).widened(*_LAYER_ERROR)
+        else:
+            run = self._with_layers(_total(works))
+        return run.beside(self._streamed())
 
     def _has_kernels(self) -> bool:
         return self.rates.fused_layer is not None
@@ -235,10 +251,14 @@ class _Device:
         # A token goes through its own share of experts; all together go through all of them soon.
         used = min(1, tokens * self.work.active_share) * self.work.experts if self.name == CPU else 0
         kernels = self.rates.kernel.times(_EXPERT_PRODUCTS * used).widened(*_KERNEL_ERROR)
-        return self._with_layers(products.times(factor).widened(*error) + kernels + self._streamed())
+        run = self._with_layers(products.times(factor).widened(*error) + kernels + self._paged())
+        return run.beside(self._streamed())
+
+    def _paged(self) -> Band:
+        return self.file_read.under(self.work.paged).widened(*_FILE_ERROR) if self.file_read else Band(0, 0, 0)
 
     def _streamed(self) -> Band:
-        return self.file_read.under(self.work.streamed).widened(*_FILE_ERROR) if self.file_read else Band(0, 0, 0)
+        return self.file_read.under(self.work.streamed).widened(*_STREAM_ERROR) if self.file_read else Band(0, 0, 0)
 
     def _with_layers(self, work: Band) -> Band:
         more = 1 + _PACKED_LAYERS[self.packing] if self.packing else 1
@@ -286,6 +306,6 @@ def _reads(device: _Device) -> Iterator[str]:
     here = int(device.work.plain + device.work.packed)
     if here:
         yield f"{format_bytes(here)} on {device.name} at {format_bytes(int(device.rates.read.likely))}/s"
-    if device.work.streamed and device.file_read:
+    if device.work.from_file and device.file_read:
         rate = format_bytes(int(device.file_read.likely))
-        yield f"{format_bytes(int(device.work.streamed))} from the file at {rate}/s"
+        yield f"{format_bytes(int(device.work.from_file))} from the file at {rate}/s"
