@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 
     from lyra_emergence.checkpoint import CheckpointIndex
     from lyra_emergence.config import ModelConfig
+    from lyra_emergence.placement import Placement
     from lyra_emergence.plan import Plan
     from lyra_emergence.runtime.blocks import LoadedForm, PlacedBlock
+    from lyra_emergence.runtime.ladder import Ladder
     from lyra_emergence.runtime.residency import Residency
+    from lyra_emergence.runtime.streaming import Stream
 
 __all__ = ["Attempt", "LoadEvent", "LoadReport", "LoadedModel", "load"]
 
@@ -159,12 +162,13 @@ def _load(
     map_seconds = time.perf_counter() - started
     check_files(index)
     tell(LoadEvent("map", f"{plan.model} is open, {len(index.tensors)} tensors mapped"))
-    blocks, residency, attempts = _promote(model, plan, config, tell)
+    blocks, residency, ladder = _promote(model, plan, config, tell)
     if config.cpu_kernels:
         _speed_up(model, blocks, tell)
+    residency.add_stream(_stream(blocks, ladder.placements, index, tell))
     device_map = {block.name: hf_device(block.device) for block in blocks if block.name}
     report = LoadReport(
-        attempts=attempts,
+        attempts=tuple(ladder.attempts),
         device_map=device_map,
         seconds=time.perf_counter() - started,
         map_seconds=map_seconds,
@@ -181,7 +185,7 @@ def _first_line(error: BaseException) -> str:
 
 def _promote(
     model: Any, plan: Plan, config: ModelConfig, tell: Callable[[LoadEvent], None]
-) -> tuple[tuple[PlacedBlock, ...], Residency, tuple[Attempt, ...]]:
+) -> tuple[tuple[PlacedBlock, ...], Residency, Ladder]:
     from lyra_emergence.runtime.blocks import split_into_blocks
     from lyra_emergence.runtime.handover import Handover
     from lyra_emergence.runtime.ladder import Ladder
@@ -191,7 +195,20 @@ def _promote(
     ladder = Ladder(blocks, plan, tell)
     ladder.descend()
     model.config.dtype = blocks_dtype(plan)
-    return blocks, Residency(model, plan, blocks, Handover(model)), tuple(ladder.attempts)
+    return blocks, Residency(model, plan, blocks, Handover(model)), ladder
+
+
+def _stream(
+    blocks: tuple[PlacedBlock, ...],
+    placements: tuple[Placement, ...],
+    index: CheckpointIndex,
+    tell: Callable[[LoadEvent], None],
+) -> Stream | None:
+    if not any(placement.streamed for placement in placements):
+        return None
+    from lyra_emergence.runtime.streaming import start_streaming
+
+    return start_streaming(blocks, placements, index, tell)
 
 
 def _speed_up(model: Any, blocks: tuple[PlacedBlock, ...], tell: Callable[[LoadEvent], None]) -> None:

@@ -24,7 +24,7 @@ from lyra_emergence.runtime.quantized import quantized_module, replaces
 from lyra_emergence.runtime.side_by_side import side_by_side
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from lyra_emergence.packing import Quantization
 
@@ -104,6 +104,14 @@ class _Projection:
     home: nn.Module
 
 
+@dataclass(frozen=True, slots=True)
+class _Streaming:
+    """That a block's weights are read as it runs: its hooks, and what is called when that is over."""
+
+    passing: Passing
+    end: Callable[[], None]
+
+
 class PlacedBlock:
     """One block of a loaded model.
 
@@ -137,6 +145,12 @@ class PlacedBlock:
         self._slots = tuple(slot for slot in slots if id(slot.home) not in packed)
         self._at_home = True
         self._passing: Passing | None = None
+        self._streaming: _Streaming | None = None
+
+    @property
+    def homes(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that the checkpoint's map has for it."""
+        return tuple(slot.home for slot in self._slots)
 
     @property
     def mapped(self) -> bool:
@@ -165,7 +179,41 @@ class PlacedBlock:
             return 0
         copied = self._take(device)
         self._end_passing()
+        self.end_streaming()
         return copied
+
+    def stream(
+        self,
+        take: Callable[[], Mapping[int, torch.Tensor] | None],
+        leave: Callable[[], bool],
+        end: Callable[[], None],
+    ) -> None:
+        """Run from buffers that hold its weights only while its module runs; `move_to` an accelerator ends that.
+
+        Args:
+            take: Returns what stands for its home tensors, by their ids, until `leave`; None to run from the map.
+            leave: Gives that back; returns whether nobody else uses it.
+            end: Called once that is over.
+        """
+        assert self.module is not None  # what has none is not streamed
+        self._streaming = _Streaming(Passing(self.module, partial(self._hold, take), partial(self._let_go, leave)), end)
+
+    def _hold(self, take: Callable[[], Mapping[int, torch.Tensor] | None]) -> None:
+        tensors = take()
+        for slot in self._slots if tensors else ():
+            slot.hold(tensors.get(id(slot.home), slot.home))  # type: ignore[union-attr]
+
+    def _let_go(self, leave: Callable[[], bool]) -> None:
+        # Another thread may be in the middle of the same block.
+        if leave() and self._at_home:
+            self._go_home()
+
+    def end_streaming(self) -> None:
+        """Run from the map, or from copies, from now on."""
+        if self._streaming is not None:
+            self._streaming.passing.end()
+            self._streaming.end()
+            self._streaming = None
 
     @property
     def passing(self) -> bool:
@@ -203,6 +251,7 @@ class PlacedBlock:
     def release(self) -> None:
         """Point back at the checkpoint's map in its stored form, dropping every copy."""
         self._end_passing()
+        self.end_streaming()
         self._go_home()
 
     def _end_passing(self) -> None:

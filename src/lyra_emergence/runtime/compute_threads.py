@@ -10,10 +10,15 @@ from __future__ import annotations
 import _thread
 import threading
 import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
-__all__ = ["settle_for_fewer_threads"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["one_thread", "settle_for_fewer_threads"]
 
 _tried = threading.local()
 _LONGEST_END = 0.002
@@ -52,3 +57,21 @@ def _can_start(count: int) -> bool:
             lock.release()
         time.sleep(_LONGEST_END)
     return True
+
+
+@contextmanager
+def one_thread(*, wanted: bool) -> Iterator[None]:
+    """Let torch and Lyra's kernels compute with one thread of the calling one, if that is `wanted`.
+
+    For work that waits for something else: threads wait for each other by running in circles, and on a busy machine
+    that took more time than they saved.
+    """
+    threads = torch.get_num_threads()
+    if not wanted or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -45,10 +45,11 @@ class _Failure:
 
 
 class Ladder:
-    """One descent: the blocks, their plan, and the attempts so far."""
+    """One descent: the blocks, their plan, the attempts so far, and the placements that were loaded."""
 
     def __init__(self, blocks: Sequence[PlacedBlock], plan: Plan, on_event: Callable[[LoadEvent], None]) -> None:
         self.attempts: list[Attempt] = []
+        self.placements: tuple[Placement, ...] = ()
         self._blocks = {block.name: block for block in blocks}
         self._plan = plan
         self._tell = on_event
@@ -76,7 +77,7 @@ class Ladder:
                     # Other rungs ask main memory for the same and more; what it lacked may be back by now.
                     failure = self._attempt(rung, placements)
                 if failure is None:
-                    loaded = True
+                    self.placements, loaded = placements, True
                     return
         finally:
             if not loaded:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lyra_emergence.plan import Plan
     from lyra_emergence.runtime.blocks import PlacedBlock
     from lyra_emergence.runtime.handover import Handover
+    from lyra_emergence.runtime.streaming import Stream
 
 __all__ = ["CPU", "Follower", "Residency"]
 
@@ -88,6 +89,7 @@ class Residency:
         self._away: list[_Moved] = []
         self._offloaded: set[str] = set()
         self._wait, self._steps, self._climbed = _FIRST_WAIT, 0, False
+        self._stream: Stream | None = None
         self._connect()
 
     @property
@@ -376,10 +378,25 @@ class Residency:
     def end_step(self) -> None:
         """Drop what was handed over in a step; a Ctrl-C in its middle keeps torch from telling that it ended."""
         self._handover.forget()
+        if self._stream is not None:
+            self._stream.settle()
+
+    def add_stream(self, stream: Stream | None) -> None:
+        """Keep the stream that feeds some of the blocks, and close it with them."""
+        self._stream = stream
+
+    def awaits_the_disk(self, tokens: int) -> bool:
+        """Return whether a pass of `tokens` tokens takes less time with one thread than reading its weights does."""
+        return self._stream is not None and self._stream.is_slower(tokens)
+
+    def end_stream(self) -> bool:
+        """Free the buffers of streamed blocks, which run from the map then; return whether there were any."""
+        return self._stream is not None and self._stream.close()
 
     def close(self) -> None:
         """Drop every copy on every device, and the hooks."""
         self._handover.disconnect()
+        self.end_stream()
         self._model = None
         for block in self._blocks.values():
             block.release()

@@ -16,7 +16,7 @@ import torch
 from lyra_emergence.errors import DoesNotFitError, is_out_of_memory, lost_onednn, without_frames
 from lyra_emergence.footprint import PREFILL_CHUNK
 from lyra_emergence.load_report import LoadEvent
-from lyra_emergence.runtime.compute_threads import settle_for_fewer_threads
+from lyra_emergence.runtime.compute_threads import one_thread, settle_for_fewer_threads
 from lyra_emergence.runtime.headroom import Headroom
 from lyra_emergence.runtime.kv_cache import (
     cut_back,
@@ -232,7 +232,8 @@ class Stepper:
             self._headroom.look(len(tokens), end - len(tokens))
             caches = self._caches or self._fresh_caches()
             inputs = torch.tensor([tokens] * self._batch, device=self._loaded.entry_device)  # (batch, tokens)
-            output = self._loaded.model(input_ids=inputs, use_cache=True, **caches, **self._last_only)
+            with one_thread(wanted=self._loaded.residency.awaits_the_disk(len(tokens))):
+                output = self._loaded.model(input_ids=inputs, use_cache=True, **caches, **self._last_only)
             row: torch.Tensor = output.logits[:, -1].float()  # (batch, vocab)
             if not self._held:
                 self._give_room(caches_of(output))
@@ -296,8 +297,10 @@ class Stepper:
             self._chunk = max(_SHORTEST_CHUNK, waiting // _CHUNK_STEP)
             return f"the prompt goes on in chunks of {self._chunk} tokens", ()
         if device == CPU:
-            passed = self._loaded.residency.pass_copies()
-            return ("weights are converted anew each time they run" if passed else ""), ()
+            if self._loaded.residency.pass_copies():
+                return "weights are converted anew each time they run", ()
+            ended = self._loaded.residency.end_stream()
+            return ("weights are read from the file page by page" if ended else ""), ()
         try:
             return self._less_on(device)
         except Exception as error:
