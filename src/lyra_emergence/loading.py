@@ -165,7 +165,7 @@ def _load(
     blocks, residency, ladder = _promote(model, plan, config, tell)
     if config.cpu_kernels:
         _speed_up(model, blocks, tell)
-    residency.add_stream(_stream(blocks, ladder.placements, index, tell))
+    residency.stream = _stream(blocks, ladder.placements, index, tell)
     device_map = {block.name: hf_device(block.device) for block in blocks if block.name}
     report = LoadReport(
         attempts=tuple(ladder.attempts),

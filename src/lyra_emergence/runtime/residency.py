@@ -89,7 +89,7 @@ class Residency:
         self._away: list[_Moved] = []
         self._offloaded: set[str] = set()
         self._wait, self._steps, self._climbed = _FIRST_WAIT, 0, False
-        self._stream: Stream | None = None
+        self.stream: Stream | None = None  # feeds the blocks that are streamed; closed with them
         self._connect()
 
     @property
@@ -378,25 +378,21 @@ class Residency:
     def end_step(self) -> None:
         """Drop what was handed over in a step; a Ctrl-C in its middle keeps torch from telling that it ended."""
         self._handover.forget()
-        if self._stream is not None:
-            self._stream.settle()
+        if self.stream is not None:
+            self.stream.settle()
 
-    def add_stream(self, stream: Stream | None) -> None:
-        """Keep the stream that feeds some of the blocks, and close it with them."""
-        self._stream = stream
-
-    def awaits_the_disk(self, tokens: int) -> bool:
-        """Return whether a pass of `tokens` tokens takes less time with one thread than reading its weights does."""
-        return self._stream is not None and self._stream.is_slower(tokens)
-
-    def end_stream(self) -> bool:
-        """Free the buffers of streamed blocks, which run from the map then; return whether there were any."""
-        return self._stream is not None and self._stream.close()
+    def less_in_main_memory(self) -> str:
+        """Let go of copies, else of the buffers of streamed blocks; return in words what was done, "" for nothing."""
+        if self.pass_copies():
+            return "weights are converted anew each time they run"
+        ended = self.stream is not None and self.stream.close()
+        return "weights are read from the file page by page" if ended else ""
 
     def close(self) -> None:
         """Drop every copy on every device, and the hooks."""
         self._handover.disconnect()
-        self.end_stream()
+        if self.stream is not None:
+            self.stream.close()
         self._model = None
         for block in self._blocks.values():
             block.release()

@@ -232,7 +232,8 @@ class Stepper:
             self._headroom.look(len(tokens), end - len(tokens))
             caches = self._caches or self._fresh_caches()
             inputs = torch.tensor([tokens] * self._batch, device=self._loaded.entry_device)  # (batch, tokens)
-            with one_thread(wanted=self._loaded.residency.awaits_the_disk(len(tokens))):
+            stream = self._loaded.residency.stream
+            with one_thread(wanted=stream is not None and stream.is_slower(len(tokens))):
                 output = self._loaded.model(input_ids=inputs, use_cache=True, **caches, **self._last_only)
             row: torch.Tensor = output.logits[:, -1].float()  # (batch, vocab)
             if not self._held:
@@ -297,10 +298,7 @@ class Stepper:
             self._chunk = max(_SHORTEST_CHUNK, waiting // _CHUNK_STEP)
             return f"the prompt goes on in chunks of {self._chunk} tokens", ()
         if device == CPU:
-            if self._loaded.residency.pass_copies():
-                return "weights are converted anew each time they run", ()
-            ended = self._loaded.residency.end_stream()
-            return ("weights are read from the file page by page" if ended else ""), ()
+            return self._loaded.residency.less_in_main_memory(), ()
         try:
             return self._less_on(device)
         except Exception as error:
