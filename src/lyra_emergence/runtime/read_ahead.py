@@ -163,7 +163,7 @@ class _Ring:
     def _choose(self) -> tuple[int, int] | None:
         """Choose what to read, and mark it as begun; the lock is held."""
         source, urgent = self._wanted, True
-        if source is None or self._buffer_of(source) is not None:
+        if source is None or source in self._failures or self._buffer_of(source) is not None:
             source, urgent = self._after_those_held(), False
         buffer = None if source is None else self._free_buffer(urgent=urgent)
         if source is None or buffer is None:
@@ -228,7 +228,6 @@ class _Ring:
     def _taken(self, source: int) -> int | None:
         """Take a source that is there; else say that it is wanted. The lock is held."""
         failure = self._failures.pop(source, None)
-        self._unread.discard(source)
         if failure is not None:
             self._wanted = None
             raise failure
@@ -236,6 +235,7 @@ class _Ring:
         held = None if buffer is None else self._buffers[buffer]
         if held is None or not held.filled:
             self._wanted = source
+            self._unread.discard(source)
             return None
         if self._wanted == source:
             self._wanted = None
