@@ -186,6 +186,7 @@ def _works(
         packing = footprint.quantization if is_layer else None
         if placement.streamed:
             work.streamed += read
+            work.plain += read  # from its buffer
         elif placement.device == DISK:
             work.paged += read
         elif packing:
