@@ -33,6 +33,7 @@ __all__ = [
     "default_context",
     "estimate_footprint",
     "is_known",
+    "packed_layer_bytes",
 ]
 
 _TYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
@@ -68,6 +69,8 @@ class BlockFootprint:
             file: experts stored one by one, which transformers merges into one tensor as it opens the checkpoint.
         home_is_copy: Whether on the CPU those very bytes are what `weights` counts; else they come on top.
         experts: How many experts there are; 0 in a block of another kind.
+        kept: Bytes of packed weights that the cache folder has: on the CPU they are a map of its file.
+        packs: Whether packing it for the CPU takes memory for a moment: not where all that is packed is kept.
         active_share: Of the weights, the share that one token reads: a mixture reads the experts it chooses.
     """
 
@@ -82,6 +85,13 @@ class BlockFootprint:
     active_share: float = 1.0
     experts: int = 0
     index: int | None = None
+    kept: int = 0
+    packs: bool = True
+
+    @property
+    def mapped_on_cpu(self) -> int:
+        """Bytes of its weights that are a map of a file where the block is on the CPU."""
+        return self.weights if self.mapped else min(self.kept, self.weights)
 
     @property
     def nbytes(self) -> int:
@@ -320,6 +330,13 @@ def _loaded_bytes(
     if is_floating(tensor.dtype):
         return math.prod(tensor.shape) * _TYPE_BITS[TORCH_DTYPES[dtype]] // 8
     return int(tensor.nbytes)
+
+
+def packed_layer_bytes(index: CheckpointIndex, layer: Block, quantization: Quantization) -> int:
+    """Return the bytes that the packed matrices of a layer take."""
+    turned = index.model_type in _TRANSPOSED
+    shapes = (t.shape for t in map(index.tensors.__getitem__, layer.tensors) if is_quantizable(t.name, t.shape))
+    return sum(packed_bytes(shape[::-1] if turned else shape, quantization) for shape in shapes)
 
 
 def _is_merged(tensor: str) -> bool:

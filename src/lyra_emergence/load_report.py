@@ -28,10 +28,10 @@ class LoadEvent:
 
     Attributes:
         kind: "download" (a file comes from the hub), "map" (the checkpoint is open), "promote" (a block was copied),
-            "compile" (kernels are made for this CPU, once), "stream" (blocks are read as they run), "rung-failed"
-            (memory ran out), "rung-passed" (a rung cannot fit), "demote" (copies were dropped), "recover" (memory ran
-            out in use, and work goes on), "retry" (memory ran out before a rung, and loading begins anew), "note" (a
-            warning of the plan) or "ready".
+            "compile" (kernels are made for this CPU, once), "pack" (packed weights come from the cache, or are kept
+            there), "stream" (blocks are read as they run), "rung-failed" (memory ran out), "rung-passed" (a rung
+            cannot fit), "demote" (copies were dropped), "recover" (memory ran out in use, and work goes on), "retry"
+            (memory ran out before a rung, and loading begins anew), "note" (a warning of the plan) or "ready".
         message: The step in a sentence, for a person.
         done: Bytes promoted, or of the file downloaded, so far.
         total: Bytes that the present rung promotes, or that the file has.
@@ -43,6 +43,7 @@ class LoadEvent:
         "promote",
         "compile",
         "stream",
+        "pack",
         "rung-failed",
         "rung-passed",
         "demote",

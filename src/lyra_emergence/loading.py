@@ -20,6 +20,7 @@ from lyra_emergence.footprint import TORCH_DTYPES
 from lyra_emergence.hub import locate
 from lyra_emergence.load_report import TRUST_WARNING, Attempt, LoadEvent, LoadReport
 from lyra_emergence.machine import probe_machine
+from lyra_emergence.packed_plan import keeps_packed
 from lyra_emergence.plan import hf_device, make_plan
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lyra_emergence.placement import Placement
     from lyra_emergence.plan import Plan
     from lyra_emergence.runtime.blocks import LoadedForm, PlacedBlock
+    from lyra_emergence.runtime.cpu.packed_store import PackedStore
     from lyra_emergence.runtime.ladder import Ladder
     from lyra_emergence.runtime.residency import Residency
     from lyra_emergence.runtime.streaming import Stream
@@ -158,11 +160,12 @@ def _load(
         tell(LoadEvent("note", TRUST_WARNING))
     architecture = _load_architecture(folder, config)
     tokenizer = _load_tokenizer(folder, config, architecture)
+    packed = _open_packed(index, plan, config, tell)
     model = _map_model(index, config, architecture)
     map_seconds = time.perf_counter() - started
     check_files(index)
     tell(LoadEvent("map", f"{plan.model} is open, {len(index.tensors)} tensors mapped"))
-    blocks, residency, ladder = _promote(model, plan, config, tell)
+    blocks, residency, ladder = _promote(model, plan, config, packed, tell)
     if config.cpu_kernels:
         _speed_up(model, blocks, tell)
     residency.stream = _stream(blocks, ladder.placements, index, tell)
@@ -183,17 +186,33 @@ def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+def _open_packed(
+    index: CheckpointIndex, plan: Plan, config: ModelConfig, tell: Callable[[LoadEvent], None]
+) -> PackedStore | None:
+    """Return where packed weights for the CPU are kept, or None. Called before the checkpoint is mapped."""
+    quantization = plan.footprint.quantization
+    if quantization is None or not keeps_packed(config, index):
+        return None
+    from lyra_emergence.runtime.cpu.packed_store import PackedStore
+
+    layers = [p.weights for p in plan.placements if p.kind == "layer" and p.device == "cpu"]
+    return PackedStore.open(index, quantization, sum(layers), config.packed_cache_bytes, tell)
+
+
 def _promote(
-    model: Any, plan: Plan, config: ModelConfig, tell: Callable[[LoadEvent], None]
+    model: Any, plan: Plan, config: ModelConfig, packed: PackedStore | None, tell: Callable[[LoadEvent], None]
 ) -> tuple[tuple[PlacedBlock, ...], Residency, Ladder]:
     from lyra_emergence.runtime.blocks import split_into_blocks
     from lyra_emergence.runtime.handover import Handover
     from lyra_emergence.runtime.ladder import Ladder
     from lyra_emergence.runtime.residency import Residency
 
-    blocks = split_into_blocks(model, [(p.block, p.kind) for p in plan.placements], _form(plan, model, config))
+    names = [(p.block, p.kind) for p in plan.placements]
+    blocks = split_into_blocks(model, names, _form(plan, model, config), packed)
     ladder = Ladder(blocks, plan, tell)
     ladder.descend()
+    if packed is not None:
+        packed.stop_keeping()
     model.config.dtype = blocks_dtype(plan)
     return blocks, Residency(model, plan, blocks, Handover(model)), ladder
 

@@ -129,10 +129,14 @@ def _use(device: str, placements: Sequence[Placement], footprint: Footprint, bud
         reserved=budget.reserved if budget and runs else 0,
         layers=sum(p.kind == "layer" for p in here),
         experts=len({blocks[p.block].index for p in here if p.kind == "experts"}),
-        packing=footprint.packing if device == CPU and "layer" in parts else 0,
-        mapped=sum(p.weights for p in here if device in (CPU, DISK) and blocks[p.block].mapped),
+        packing=footprint.packing if device == CPU and any(_packs(p, blocks) for p in runs) else 0,
+        mapped=sum(blocks[p.block].mapped_on_cpu for p in here if device in (CPU, DISK) and p.weights),
         streaming=_buffers(placements, blocks) if device == CPU else 0,
     )
+
+
+def _packs(placement: Placement, blocks: Mapping[str, BlockFootprint]) -> bool:
+    return placement.kind == "layer" and blocks[placement.block].packs
 
 
 def _buffers(placements: Sequence[Placement], blocks: Mapping[str, BlockFootprint]) -> int:

@@ -21,6 +21,7 @@ from lyra_emergence.footprint import (
     is_known,
 )
 from lyra_emergence.ladder import NO_LAYER_FITS, Rung, RungName, build_ladder, forced_placements
+from lyra_emergence.packed_plan import with_kept_weights
 from lyra_emergence.placement import DISK, DeviceUse, Placement, measure_use, refuse
 from lyra_emergence.remedies import SHORTEST_CONTEXT, attempts
 from lyra_emergence.trial import find_trial
@@ -163,7 +164,8 @@ def make_plan(config: ModelConfig, index: CheckpointIndex, machine: Machine, *, 
         key = (attempt.context, attempt.quantization)
         if key not in footprints:
             like = next((made for (_, form), made in footprints.items() if form == attempt.quantization), None)
-            footprints[key] = measure_footprint(config, index, attempt.context, batch, attempt.quantization, like=like)
+            made = measure_footprint(config, index, attempt.context, batch, attempt.quantization, like=like)
+            footprints[key] = made if like else with_kept_weights(made, config, index)
         try:
             plan = _plan(config, index, machine, footprints[key])
         except DoesNotFitError as error:

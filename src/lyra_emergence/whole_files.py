@@ -1,4 +1,4 @@
-"""Writing small files whole or not at all.
+"""Writing files whole or not at all.
 
 A reader, a full disk, a `kill -9` or a power cut at any moment finds the old file or the new one, never a part. What a
 process that died leaves behind is a hidden temporary file, which the next write of the same file takes away.
@@ -17,26 +17,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["replace_file"]
+__all__ = ["remove_abandoned", "replace_file"]
 
 _ABANDONED = 3600.0
-"""Seconds after which a temporary file belongs to nobody: writing one takes less than one."""
+"""Seconds after which a temporary file belongs to nobody: writing one takes a few at most."""
 
 
-def replace_file(target: Path, content: bytes) -> None:
-    """Put `content` at `target` in one step, with the permissions of the old file, and make missing folders.
+def replace_file(target: Path, *parts: bytes | memoryview) -> None:
+    """Put `parts`, one behind the other, at `target` in one step, and make missing folders.
+
+    The file has the permissions of the old one.
 
     Raises:
         OSError: It cannot be written; what stood there still does, and no temporary file is left.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target)
+    remove_abandoned(target.parent, glob.escape(target.name))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     # Mode 0o666 lets the umask decide, as for any new file.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         with contextlib.suppress(FileNotFoundError):
@@ -49,9 +52,10 @@ def replace_file(target: Path, content: bytes) -> None:
     _sync_folder(target.parent)
 
 
-def _remove_abandoned(target: Path) -> None:
+def remove_abandoned(folder: Path, name: str = "*") -> None:
+    """Remove what processes that died left in a folder, of files whose names match the pattern `name`."""
     with contextlib.suppress(OSError):
-        for path in target.parent.glob(f".{glob.escape(target.name)}.????????????.tmp"):
+        for path in folder.glob(f".{name}.????????????.tmp"):
             if time.time() - path.stat().st_mtime > _ABANDONED:
                 path.unlink()
 

@@ -44,6 +44,7 @@ FIELDS = (
     "dtype",
     "context_length",
     "cpu_kernels",
+    "packed_cache",
     "trust_remote_code",
 )
 
@@ -89,6 +90,7 @@ def test_the_keys_and_their_defaults() -> None:
         "dtype": None,
         "context_length": None,
         "cpu_kernels": True,
+        "packed_cache": "20GB",
         "trust_remote_code": False,
     }
 

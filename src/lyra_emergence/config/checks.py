@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lyra_emergence.config.devices import check_device_map, check_max_memory
+from lyra_emergence.config.devices import check_device_map, check_max_memory, check_size
 from lyra_emergence.config.generation import GENERATION_SETTINGS, check_pipeline_kwargs
 from lyra_emergence.config.problems import Problems, did_you_mean, mismatch, shown
 
@@ -170,6 +170,7 @@ CHECKS: dict[str, Callable[[object, str, Problems], Any]] = {
     "dtype": _check_dtype,
     "context_length": _whole(1, 2048),
     "cpu_kernels": _check_boolean,
+    "packed_cache": check_size,
     "trust_remote_code": _check_boolean,
 }
 """The check of every key, in the order in which a file is written."""

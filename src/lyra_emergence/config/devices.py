@@ -30,9 +30,11 @@ __all__ = [
     "AUTOMATIC",
     "DEVICE_PATTERN",
     "MAP_PATTERN",
+    "SIZE_PATTERN",
     "budget_bytes",
     "check_device_map",
     "check_max_memory",
+    "check_size",
     "device_key",
 ]
 
@@ -45,6 +47,7 @@ _KINDS = "|".join(ACCELERATOR_KINDS)
 DEVICE_PATTERN = f"^(?:{_ORDINAL}|(?:{_KINDS})(?::{_ORDINAL})?|(?:cpu|mps)(?::0)?|disk)$"
 MAP_PATTERN = f"^(?:{'|'.join(AUTOMATIC)}|(?:{_KINDS})(?::{_ORDINAL})?|(?:cpu|mps)(?::0)?)$"
 AMOUNT_PATTERN = r"^[0-9]+(?:\.[0-9]+)?\s*(?:%|(?:[kKmMgGtT][iI]?)?B)?$"
+SIZE_PATTERN = r"^[0-9]+(?:\.[0-9]+)?\s*(?:(?:[kKmMgGtT][iI]?)?B)?$"
 
 _DEVICE = re.compile(f"(?P<kind>[a-z][a-z0-9_]*)(?::(?P<ordinal>{_ORDINAL}))?")
 _ORDINAL_ALONE = re.compile(_ORDINAL)
@@ -168,6 +171,18 @@ def _check_amount(amount: object, at: str, problems: Problems) -> None:
         budget_bytes(amount, 0)
     except ValueError as exc:
         problems.add(str(exc), at=at)
+
+
+def check_size(value: object, at: str, problems: Problems) -> str | int:
+    """Return `value`, bytes as a number or with a unit, as it is written."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        problems.add(mismatch(value, "a size, such as '20GB', or 0 for none"), at=at)
+        return 0
+    if isinstance(value, str) and value.rstrip().endswith("%"):
+        problems.add(f"{shown(value)} is a share; write a size such as '20GB', or 0 for none", at=at)
+        return 0
+    _check_amount(value, at, problems)
+    return value
 
 
 def check_device_map(value: object, at: str, problems: Problems) -> str | dict[str, str | int] | None:

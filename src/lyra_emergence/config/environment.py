@@ -31,6 +31,7 @@ _BOOLEANS = (
     "load_in_8bit",
     "load_in_4bit",
     "allow_quantization",
+    "cpu_kernels",
     "trust_remote_code",
 )
 _WHOLE_NUMBERS = ("gpu_layers_fallback", "context_length")

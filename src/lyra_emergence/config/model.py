@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from lyra_emergence.config.checks import CHECKS, DTYPES, TASKS, check_together, check_values
-from lyra_emergence.config.devices import AMOUNT_PATTERN, DEVICE_PATTERN, MAP_PATTERN, budget_bytes
+from lyra_emergence.config.devices import AMOUNT_PATTERN, DEVICE_PATTERN, MAP_PATTERN, SIZE_PATTERN, budget_bytes
 from lyra_emergence.config.generation import pipeline_kwargs_schema
 from lyra_emergence.config.problems import Problems
 
@@ -62,6 +62,10 @@ _MaxMemory = Annotated[
             ]
         }
     ),
+]
+_CacheSize = Annotated[
+    str | int,
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": SIZE_PATTERN}]}),
 ]
 _PipelineKwargs = Annotated[dict[str, Any] | None, WithJsonSchema(pipeline_kwargs_schema())]
 
@@ -133,6 +137,13 @@ class ModelConfig(BaseModel):
         default=True,
         description="Compile and use Lyra's own kernels for single tokens on the CPU; false: torch's operators alone.",
     )
+    packed_cache: _CacheSize = Field(
+        default="20GB",
+        description=(
+            "Most disk space for packed weights that are kept in the cache folder for the next load: bytes, '20GB' or "
+            "'20GiB'; 0: none are kept, and none used."
+        ),
+    )
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with the checkpoint. Only for sources that you trust."
     )
@@ -182,6 +193,11 @@ class ModelConfig(BaseModel):
             "dtype": self.dtype,
         }
         return {key: value for key, value in kwargs.items() if value is not None}
+
+    @property
+    def packed_cache_bytes(self) -> int:
+        """`packed_cache` in bytes."""
+        return budget_bytes(self.packed_cache, 0)
 
     def to_pipeline_kwargs(self) -> dict[str, Any]:
         """Return a copy of the generation settings; {} where there are none."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from lyra_emergence.packing import Quantization
+    from lyra_emergence.runtime.cpu.packed_store import PackedStore
 
 __all__ = ["REST", "LoadedForm", "PlacedBlock", "split_into_blocks"]
 
@@ -97,10 +98,11 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True)
 class _Projection:
-    """A place in a module that holds a projection which quantization replaces as a whole."""
+    """A place in a block that holds a projection which quantization replaces as a whole."""
 
     parent: nn.Module
     leaf: str
+    path: str
     home: nn.Module
 
 
@@ -131,6 +133,7 @@ class PlacedBlock:
         form: LoadedForm,
         *,
         around: str | None = None,
+        store: PackedStore | None = None,
     ) -> None:
         self.name = name
         self.module = module
@@ -138,6 +141,7 @@ class PlacedBlock:
         self.device = "cpu"
         self._copies = copies
         self._form = form
+        self._store = store
         own = {id(slot.home) for slot in slots}
         found = _projections(module) if module is not None and form.quantization else ()
         self._projections = tuple(p for p in found if all(id(home) in own for home in p.home.parameters()))
@@ -238,15 +242,20 @@ class PlacedBlock:
     def _take(self, device: str) -> int:
         copies = self._copies.get([slot.home for slot in self._slots], device)
         tensors = list(zip(self._slots, copies, strict=True))
-        modules = [(p, quantized_module(p.home, self._form, device)) for p in self._projections]
+        store = self._store if device == "cpu" and self._projections else None
+        kept = store.read(self.name) if store is not None else {}
+        modules = [(p, quantized_module(p.home, self._form, device, kept.get(p.path))) for p in self._projections]
         for slot, tensor in tensors:
             slot.hold(tensor)
         for projection, module in modules:
             setattr(projection.parent, projection.leaf, module)
         self.device = device
         self._at_home = False
+        if store is not None:
+            store.keep(self.name, {projection.path: module for projection, module in modules})
         copied = sum(tensor.nbytes for slot, tensor in tensors if tensor is not slot.home)
-        return copied + sum(p.nbytes for _, module in modules for p in module.parameters())
+        made = (module for _, module in modules if not getattr(module, "mapped", False))
+        return copied + sum(p.nbytes for module in made for p in module.parameters())
 
     def release(self) -> None:
         """Point back at the checkpoint's map in its stored form, dropping every copy."""
@@ -269,19 +278,22 @@ class PlacedBlock:
 
 
 def _projections(module: nn.Module) -> Iterator[_Projection]:
-    for parent in module.modules():
+    for place, parent in module.named_modules():
         for leaf, child in parent.named_children():
             if replaces(child):
-                yield _Projection(parent, leaf, child)
+                yield _Projection(parent, leaf, f"{place}.{leaf}" if place else leaf, child)
 
 
-def split_into_blocks(model: nn.Module, names: Iterable[tuple[str, str]], form: LoadedForm) -> tuple[PlacedBlock, ...]:
+def split_into_blocks(
+    model: nn.Module, names: Iterable[tuple[str, str]], form: LoadedForm, packed: PackedStore | None = None
+) -> tuple[PlacedBlock, ...]:
     """Divide a model into the blocks of its plan.
 
     Args:
         model: The model, its tensors mapped from the checkpoint.
         names: (name, kind) of every block of the plan.
         form: How weights look once loaded.
+        packed: Where packed weights are kept from load to load, if they are.
 
     Returns:
         The plan's blocks in order, without those "other" ones that the model does not build (a vision tower, layers
@@ -310,6 +322,7 @@ def split_into_blocks(model: nn.Module, names: Iterable[tuple[str, str]], form: 
             copies,
             form if kinds[name] == "layer" else plain,
             around=_owner(path, owners) or None,
+            store=packed,
         )
         for name, (path, module) in modules.items()
     ]

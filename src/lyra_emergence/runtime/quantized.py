@@ -21,6 +21,7 @@ from lyra_emergence.runtime.cpu.packed import PackedProjection
 if TYPE_CHECKING:
     from lyra_emergence.packing import Quantization
     from lyra_emergence.runtime.blocks import LoadedForm
+    from lyra_emergence.runtime.cpu.packed import PackedWeights
 
 __all__ = ["quantized_module", "replaces", "require_bitsandbytes"]
 
@@ -43,22 +44,33 @@ def replaces(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def quantized_module(home: Any, form: LoadedForm, device: str) -> nn.Module:
+def quantized_module(home: Any, form: LoadedForm, device: str, kept: PackedWeights | None = None) -> nn.Module:
     """Return a packed copy of the projection `home` on `device`.
+
+    Args:
+        home: The projection as it is in the checkpoint's map.
+        form: How it is packed.
+        device: Where to.
+        kept: What an earlier load packed `home` to for the kernels, where that was kept; its own weights are not read.
 
     Raises:
         RuntimeError: Memory ran out.
     """
     # Conv1D stores (inputs, outputs) where Linear stores (outputs, inputs).
     matrix = home.weight.detach()
+    turned = type(home).__name__ == "Conv1D"
+    rows, columns = matrix.shape[::-1] if turned else matrix.shape  # (outputs, inputs)
+    quantization = form.quantization or "8bit"
+    ours = device == "cpu" and form.cpu_kernels and kernels_pack(rows, columns) and matrix.dtype in KINDS
+    library = find_library() if ours else None
+    bias = None if home.bias is None else home.bias.detach().to(form.dtype)
+    if library is not None and kept is not None and kept.belong_to(rows, columns, quantization, library):
+        return PackedProjection.of(kept, bias, (rows, columns), quantization, library)
     if device == "cpu":
         require(matrix.numel() * form.dtype.itemsize, "packing a projection")
-    weight = matrix.T.contiguous() if type(home).__name__ == "Conv1D" else matrix
-    rows, columns = weight.shape  # (outputs, inputs)
-    ours = device == "cpu" and form.cpu_kernels and kernels_pack(rows, columns) and weight.dtype in KINDS
-    if ours and (library := find_library()) is not None:
-        bias = None if home.bias is None else home.bias.detach().to(form.dtype)
-        return PackedProjection(weight, bias, form.quantization or "8bit", library)
+    weight = matrix.T.contiguous() if turned else matrix
+    if library is not None:
+        return PackedProjection(weight, bias, quantization, library)
     import bitsandbytes as bnb
 
     weight = weight.to(form.dtype)
@@ -74,7 +86,7 @@ def quantized_module(home: Any, form: LoadedForm, device: str) -> nn.Module:
             weight, requires_grad=False, quant_type="nf4", compress_statistics=False, module=packed
         )
         packed.weight = parameter.to(device)
-    if home.bias is not None:
-        packed.bias = nn.Parameter(home.bias.detach().to(form.dtype).to(device), requires_grad=False)
+    if bias is not None:
+        packed.bias = nn.Parameter(bias.to(device), requires_grad=False)
     packed.eval()
     return cast("nn.Module", packed)

@@ -8,6 +8,7 @@ few tokens multiply the packed weights, with inputs rounded to 8 bits; prompts u
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +20,38 @@ from lyra_emergence.runtime.cpu.linear import KINDS
 from lyra_emergence.runtime.scratch import scratch
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from lyra_emergence.packing import Quantization
     from lyra_emergence.runtime.cpu.library import Library
 
-__all__ = ["PackedProjection", "tensors_of"]
+__all__ = ["PackedProjection", "PackedWeights", "tensors_of"]
 
 _PACKED = {"8bit": 3, "4bit": 4}
 _SCALE_DTYPES = {"8bit": torch.float32, "4bit": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeights:
+    """A packed matrix.
+
+    Attributes:
+        codes: Bytes, tile by tile.
+        scales: float32 for 8 bits, float16 for 4.
+        mapped: Whether they are a map of a file, which costs no memory of its own.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    mapped: bool = False
+
+    def belong_to(self, rows: int, columns: int, quantization: Quantization, library: Library) -> bool:
+        """Return whether they have the sizes of a packed matrix of that shape."""
+        kind = _PACKED[quantization]
+        sizes = (library.packed_codes(kind, rows, columns), library.packed_scales(kind, rows, columns))
+        return (self.codes.nbytes, self.scales.nbytes) == sizes and (
+            (self.codes.dtype, self.scales.dtype) == (torch.uint8, _SCALE_DTYPES[quantization])
+        )
 
 
 class PackedProjection(nn.Module):
@@ -45,31 +71,39 @@ class PackedProjection(nn.Module):
         self, weight: torch.Tensor, bias: torch.Tensor | None, quantization: Quantization, library: Library
     ) -> None:
         super().__init__()
+        self._hold(_pack(weight.contiguous(), quantization, library), bias, weight.shape, quantization, library)
+
+    @classmethod
+    def of(
+        cls,
+        weights: PackedWeights,
+        bias: torch.Tensor | None,
+        shape: tuple[int, ...],
+        quantization: Quantization,
+        library: Library,
+    ) -> Self:
+        """Return a projection of weights that are packed already, and belong to its shape."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._hold(weights, bias, shape, quantization, library)  # noqa: SLF001 - its own
+        return made
+
+    def _hold(
+        self,
+        weights: PackedWeights,
+        bias: torch.Tensor | None,
+        shape: tuple[int, ...],
+        quantization: Quantization,
+        library: Library,
+    ) -> None:
         self._library = library
         self._kind = _PACKED[quantization]
-        self.out_features, self.in_features = weight.shape
-        rows, columns = weight.shape
-        weight = weight.contiguous()
-        codes = torch.empty(library.packed_codes(self._kind, rows, columns), dtype=torch.uint8)
-        scale_dtype = _SCALE_DTYPES[quantization]
-        scales = torch.empty(
-            library.packed_scales(self._kind, rows, columns) // scale_dtype.itemsize, dtype=scale_dtype
-        )
-        threads = torch.get_num_threads()
-        library.pack(
-            weight.data_ptr(),
-            KINDS[weight.dtype],
-            self._kind,
-            rows,
-            columns,
-            codes.data_ptr(),
-            scales.data_ptr(),
-            threads,
-        )
+        self.out_features, self.in_features = shape
         # Parameters, so that whoever counts a model's parameters counts these.
-        self.codes = nn.Parameter(codes, requires_grad=False)
-        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.codes = nn.Parameter(weights.codes, requires_grad=False)
+        self.scales = nn.Parameter(weights.scales, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
+        self.mapped = weights.mapped
         self.matrix = self._described()
 
     def _described(self) -> Matrix:
@@ -107,6 +141,16 @@ class PackedProjection(nn.Module):
     def extra_repr(self) -> str:
         """Return the shape for `repr`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _pack(weight: torch.Tensor, quantization: Quantization, library: Library) -> PackedWeights:
+    kind, (rows, columns) = _PACKED[quantization], weight.shape
+    codes = torch.empty(library.packed_codes(kind, rows, columns), dtype=torch.uint8)
+    scale_dtype = _SCALE_DTYPES[quantization]
+    scales = torch.empty(library.packed_scales(kind, rows, columns) // scale_dtype.itemsize, dtype=scale_dtype)
+    addresses = (codes.data_ptr(), scales.data_ptr())
+    library.pack(weight.data_ptr(), KINDS[weight.dtype], kind, rows, columns, *addresses, torch.get_num_threads())
+    return PackedWeights(codes, scales)
 
 
 def tensors_of(projection: Any) -> tuple[Any, Any]:
