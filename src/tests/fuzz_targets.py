@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lyra_emergence import framework, trial
+from lyra_emergence import framework, packed_files, trial
 from lyra_emergence.checkpoint import _weight_map, read_files
 from lyra_emergence.checkpoint.json_files import parse_object
 from lyra_emergence.checkpoint.safetensors_header import DTYPE_BITS, TensorInfo, header_length, parse_header
@@ -192,6 +192,18 @@ def caches(data: bytes) -> None:
         return
 
 
+def packed(data: bytes) -> None:
+    """A file of packed weights, damaged: what is found in it lies in it; and what a folder of them says of itself."""
+    path = _scratch()
+    path.write_bytes(data)
+    for tensor in packed_files.read_packed(path) or ():
+        assert 0 <= tensor.begin <= tensor.end <= len(data)
+    folder = path.with_name("folder")
+    folder.mkdir(exist_ok=True)
+    (folder / packed_files.ABOUT).write_bytes(data)
+    packed_files.read_about(folder)
+
+
 def listing(data: bytes) -> None:
     """What a hub answers when it is asked for a model."""
     try:
@@ -212,7 +224,7 @@ def _scratch() -> Path:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
-    for target in (header, index, config_json, configuration, environment, units, journal, caches, listing)
+    for target in (header, index, config_json, configuration, environment, units, journal, caches, packed, listing)
 }
 
 
@@ -247,6 +259,7 @@ _RATES = {
     "accelerators": {},
     "file_read": {"low": 1.0, "mid": 2.0, "high": 3.0},
 }
+_CODES = bytes(64)
 SEEDS: dict[str, list[bytes]] = {
     "header": [
         b"\2" + _seed({"a": _ENTRY, "__metadata__": {"format": "pt"}}),
@@ -324,6 +337,20 @@ SEEDS: dict[str, list[bytes]] = {
             }
         ),
         _seed(_RATES),
+    ],
+    "packed": [
+        b"".join(
+            packed_files._parts([("a.codes", "U8", memoryview(bytes(64))), ("a.scales", "F16", memoryview(b"12"))])
+        ),
+        _seed(
+            {
+                "format": packed_files.FORMAT,
+                "model": "m",
+                "directory": "/d",
+                "quantization": "4bit",
+                "weights": "0" * 64,
+            }
+        ),
     ],
     "listing": [
         _seed(

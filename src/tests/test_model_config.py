@@ -208,6 +208,11 @@ def test_a_wrong_assignment_changes_nothing() -> None:
         ({"task": "summarization"}, "in 'task': 'summarization' is not a task that Lyra runs; write 'text-generation'"),
         ({"low_cpu_mem_usage": 1}, "in 'low_cpu_mem_usage': 1 is a number; write true or false"),
         ({"load_in_8bit": "true"}, "in 'load_in_8bit': 'true' is text; write true or false"),
+        ({"packed_cache": True}, "in 'packed_cache': true is a boolean; write a size, such as '20GB', or 0 for none"),
+        ({"packed_cache": None}, "in 'packed_cache': null is not allowed; write a size, such as '20GB', or 0 for none"),
+        ({"packed_cache": "10%"}, "in 'packed_cache': '10%' is a share; write a size such as '20GB', or 0 for none"),
+        ({"packed_cache": "5Gb"}, "in 'packed_cache': '5Gb' is bits; write '5GB'"),
+        ({"packed_cache": -1}, "in 'packed_cache': -1 is negative; write '6GB'"),
         ({"trust_remote_code": None}, "in 'trust_remote_code': null is not allowed; write true or false"),
         (
             {"gpu_layers_fallback": True},
@@ -616,6 +621,8 @@ def test_one_error_lists_the_problems_of_every_source() -> None:
         ("LYRA_PIPELINE_KWARGS", '{"top_k": 5}', "pipeline_kwargs", {"top_k": 5}),
         ("LYRA_DTYPE", "bf16", "dtype", "bfloat16"),
         ("LYRA_CONTEXT_LENGTH", "2048", "context_length", 2048),
+        ("LYRA_CPU_KERNELS", "off", "cpu_kernels", False),
+        ("LYRA_PACKED_CACHE", "5GiB", "packed_cache", "5GiB"),
         ("LYRA_TRUST_REMOTE_CODE", "on", "trust_remote_code", True),
     ],
 )

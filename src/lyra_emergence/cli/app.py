@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from lyra_emergence.cli.cache import cache_app
 from lyra_emergence.cli.config import config_app
 from lyra_emergence.cli.console import Console, writing_output
 from lyra_emergence.cli.options import Options
@@ -388,6 +389,7 @@ def doctor_command(
 
 
 app.add_typer(config_app, name="config")
+app.add_typer(cache_app, name="cache")
 
 
 def _is_terminal_stdin(console: Console) -> bool:
