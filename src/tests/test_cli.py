@@ -97,7 +97,7 @@ def test_help_is_one_screen_of_80_columns(capsys: pytest.CaptureFixture[str]) ->
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert len(lines) <= 26
+    assert len(lines) <= 27
     assert lines[0] == "Usage: lyra.py [OPTIONS] [PROMPT]   or   lyra.py COMMAND [OPTIONS]"
     for word in ["--model-config", "--journal", "--rerank", "--max-memory", "--context", "--json", "plan", "config"]:
         assert sum(line.strip().startswith(word) for line in lines) == 1
