@@ -215,21 +215,22 @@ def test_a_plan_counts_what_is_kept_as_mapped(bits: str, llama: Path) -> None:
     assert held > 0
     assert after.mapped - before.mapped == held
     assert (before.weights, before.kv_cache) == (after.weights, after.kv_cache)
-    assert (before.packing > 0, after.packing) == (True, 0)
+    assert after.packing == 0
     for off in ({"packed_cache": 0}, {"cpu_kernels": False}):
         (same_as_before,) = planned(llama, bits, **off).devices
-        assert (same_as_before.mapped, same_as_before.packing) == (before.mapped, before.packing)
+        assert same_as_before.mapped == before.mapped
 
 
-def test_a_plan_counts_layers_one_by_one(llama: Path) -> None:
-    load(config(), directory=llama).close()
-    whole = planned(llama).devices[0]
+def test_a_plan_counts_layers_one_by_one(checkpoints: Checkpoints) -> None:
+    # GPT-2's matrices are turned before they are packed, which takes a copy.
+    directory = checkpoints("gpt2")
+    load(config(), directory=directory).close()
+    whole, none = planned(directory).devices[0], planned(directory, packed_cache=0).devices[0]
     next(kept_folders()[0].path.glob("*.2.safetensors")).unlink()
-    part = planned(llama).devices[0]
-    assert part.packing > 0
-    assert whole.mapped - part.mapped == pytest.approx(
-        (whole.mapped - planned(llama, packed_cache=0).devices[0].mapped) / LAYERS
-    )
+    part = planned(directory).devices[0]
+    assert (whole.packing, part.packing) == (0, none.packing)
+    assert none.packing > 0
+    assert whole.mapped - part.mapped == pytest.approx((whole.mapped - none.mapped) / LAYERS)
 
 
 def test_where_there_is_no_compiler_nothing_counts_as_mapped(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,8 +263,7 @@ def test_a_plan_holds_with_and_without_what_is_kept(bits: str, wide: Path) -> No
     (mapped,) = json.loads(run(CHECKED, wide, bits))["devices"]
     assert packing["weights_predicted"] > 20 * MIB
     assert packing["weights_measured"] > 20 * MIB
-    # What packing takes for a moment is estimated as for bitsandbytes, which takes more than the kernels.
-    assert packing["off"] >= 0
+    assert packing["holds"], packing
     assert mapped["weights_predicted"] < MIB
     assert mapped["weights_measured"] < 8 * MIB
     assert mapped["holds"], mapped
