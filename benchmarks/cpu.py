@@ -1,14 +1,16 @@
 """Decoding and prefill on the CPU: Lyra in 16, 8 and 4 bits beside transformers and bitsandbytes, in one run.
 
     uv run python -m benchmarks.cpu                  # a Llama of 1.1 billion weights, prompts of 64 and 512
+    uv run python -m benchmarks.cpu --shape 2.7b     # phi-2's shape
     uv run python -m benchmarks.cpu --shape tiny     # does it run at all?
     uv run python -m benchmarks.cpu --engine transformers --engine lyra-4bit
 
 Weights are random and in bfloat16 in the file. Every engine runs in a process of its own; rounds go through the engines
 in turn, so that what else happens on the machine meets them all. A round is a prompt and 33 tokens, greedily.
 
-llama.cpp is run where `llama_cpp` (llama-cpp-python) and `gguf` can be imported: the same shape, with random weights in
-BF16, Q8_0 and Q4_0, written beside the checkpoint on first use.
+llama.cpp is run where `llama_cpp` (llama-cpp-python) and `gguf` can be imported (`uv run --with llama-cpp-python --with
+gguf`, which compiles it): the same shape, with random weights in BF16, Q8_0 and Q4_0, written beside the checkpoint on
+first use.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-from benchmarks.checkpoints import HEADS, SHAPES, llama_checkpoint
+from benchmarks.checkpoints import SHAPES, checkpoint_of
+from benchmarks.gguf_files import write_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,7 +60,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a file for all figures")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    directory = llama_checkpoint(arguments.shape)
+    directory = checkpoint_of(arguments.shape)
     if arguments.serve:
         serve(arguments.serve, arguments.shape, directory)
         return
@@ -178,7 +181,7 @@ def _llama_cpp(engine: str, shape: str, directory: Path) -> Callable[[int], dict
 
     path = directory / f"{LLAMA_CPP[engine]}.gguf"
     if not path.exists():
-        _write_gguf(path, LLAMA_CPP[engine], shape)
+        write_gguf(path, LLAMA_CPP[engine], shape)
     threads = torch.get_num_threads()
     model = Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False)
 
@@ -194,64 +197,6 @@ def _llama_cpp(engine: str, shape: str, directory: Path) -> Callable[[int], dict
         return {"prompt": first - clock, "token": (time.perf_counter() - first) / (NEW_TOKENS - 1)}
 
     return run
-
-
-def _write_gguf(path: Path, form: str, shape: str) -> None:
-    """Write a model of the shape with random weights in llama.cpp's form, a tensor at a time."""
-    import gguf
-    import numpy as np
-
-    sizes, (heads, key_heads) = SHAPES[shape], HEADS[shape]
-    partial = path.with_suffix(".partial")
-    writer = gguf.GGUFWriter(partial, "llama")
-    writer.add_context_length(2048)
-    writer.add_embedding_length(sizes["hidden_size"])
-    writer.add_block_count(sizes["num_hidden_layers"])
-    writer.add_feed_forward_length(sizes["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(key_heads)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(sizes["vocab_size"])
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"w{at}".encode() for at in range(sizes["vocab_size"])])
-    writer.add_token_scores([0.0] * sizes["vocab_size"])
-    writer.add_token_types([1] * sizes["vocab_size"])
-    kind = getattr(gguf.GGMLQuantizationType, form)
-    random = np.random.default_rng(0)
-    for name, dimensions in _gguf_tensors(shape):
-        if len(dimensions) == 1:
-            writer.add_tensor(name, np.ones(dimensions, dtype=np.float32))
-            continue
-        values = random.standard_normal(dimensions, dtype=np.float32) * 0.02
-        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    partial.replace(path)
-
-
-def _gguf_tensors(shape: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    sizes, (heads, key_heads) = SHAPES[shape], HEADS[shape]
-    hidden, wide, vocabulary = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
-    keys = hidden // heads * key_heads
-    yield "token_embd.weight", (vocabulary, hidden)
-    for layer in range(sizes["num_hidden_layers"]):
-        for name, dimensions in {
-            "attn_norm": (hidden,),
-            "attn_q": (hidden, hidden),
-            "attn_k": (keys, hidden),
-            "attn_v": (keys, hidden),
-            "attn_output": (hidden, hidden),
-            "ffn_norm": (hidden,),
-            "ffn_gate": (wide, hidden),
-            "ffn_up": (wide, hidden),
-            "ffn_down": (hidden, wide),
-        }.items():
-            yield f"blk.{layer}.{name}.weight", dimensions
-    yield "output_norm.weight", (hidden,)
-    yield "output.weight", (vocabulary, hidden)
 
 
 def table(rows: dict[str, dict[str, list[float]]]) -> Iterator[str]:

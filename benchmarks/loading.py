@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkpoints import llama_checkpoint
+from benchmarks.checkpoints import checkpoint_of
 
 FALLBACK_LAYERS = 8
 KEPT: list[Any] = []
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    directory = llama_checkpoint(arguments.shape)
+    directory = checkpoint_of(arguments.shape)
     if arguments.case:
         print(json.dumps(run_case(arguments.case, directory, arguments.device)))
         return
@@ -74,7 +74,7 @@ def run_case(case: str, directory: Path, device: str) -> dict[str, Any]:
     from lyra_emergence.runtime import blocks, handover, ladder  # noqa: F401
 
     AutoTokenizer.from_pretrained(directory)
-    AutoModelForCausalLM.from_pretrained(llama_checkpoint("tiny"))
+    AutoModelForCausalLM.from_pretrained(checkpoint_of("tiny"))
     before, started = anonymous_bytes(), time.perf_counter()
     outcome = CASES[case](here)
     seconds = time.perf_counter() - started

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-from benchmarks.checkpoints import SHAPES, llama_checkpoint
+from benchmarks.checkpoints import SHAPES, checkpoint_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,7 +64,7 @@ def main() -> None:
 
 def directory_of(engine: str, shape: str) -> Path:
     """Return an engine's own copy of the checkpoint: cached pages belong to the group that read them first."""
-    original = llama_checkpoint(shape)
+    original = checkpoint_of(shape)
     if engine == "lyra":
         return original
     copy = original.with_name(f"{original.name}-{engine}")

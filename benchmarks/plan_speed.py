@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.checkpoints import llama_checkpoint
+from benchmarks.checkpoints import checkpoint_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -99,7 +99,7 @@ def checkpoint(name: str) -> Path:
 
         return bundled_directory()
     if name == "llama-1.1b":
-        return llama_checkpoint("1.1b")
+        return checkpoint_of("1.1b")
     from benchmarks.plan_accuracy import checkpoint as accuracy_checkpoint
 
     return accuracy_checkpoint(name)

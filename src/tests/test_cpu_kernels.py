@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from lyra_emergence import main_memory
 from lyra_emergence.compiler import find_compiler
 from lyra_emergence.config import ModelConfig
 from lyra_emergence.generation import GenerationOptions, stream_generate
@@ -393,6 +394,20 @@ def test_a_compiler_that_fails_and_a_damaged_build(
         assert library.find_library() is not None
         assert library.why_none() == ""
         assert [path.name for path in (tmp_path / "kernels").iterdir()] == [f"{key}.so"]
+    finally:
+        library._find.cache_clear()
+
+
+def test_nothing_is_compiled_where_memory_is_short(
+    kernels: library.Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(library, "cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(main_memory, "takeable_bytes", lambda: 300 * 2**20)
+    try:
+        library._find.cache_clear()
+        assert library.find_library() is None
+        assert library.why_none().startswith("the compiler wants 403 MB of main memory, and 281 MB is left")
+        assert not any(tmp_path.rglob("*.so"))
     finally:
         library._find.cache_clear()
 

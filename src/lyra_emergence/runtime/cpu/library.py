@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from lyra_emergence.cache_files import cache_path
 from lyra_emergence.compiler import find_compiler
+from lyra_emergence.main_memory import LowMainMemoryError, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +35,8 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math
 _INTERFACE = 1
 _LONGEST = 120.0
 """Seconds that compiling may take; it takes two."""
+_COMPILING = 384 * 2**20
+"""Bytes that the compiler is left for: it takes some 250 MiB, and in a control group without them it would not end."""
 _NO_MEMORY = 3
 
 
@@ -188,8 +191,11 @@ def _find() -> tuple[Library | None, str]:
         path = _path(compiler)
         library = _opened(path) if path.exists() else None
         if library is None:
+            require(_COMPILING, "the compiler")
             _compile(compiler, path)
             library = _opened(path)
+    except LowMainMemoryError as error:
+        return None, str(error)
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"the compiler failed: {error}"
     return library, "" if library is not None else "what was compiled cannot be loaded"
