@@ -188,22 +188,25 @@ def test_a_model_that_is_nowhere_is_exit_1(
     )
 
 
-def test_planning_imports_neither_torch_nor_transformers_and_takes_half_a_second_at_most(
-    checkpoints: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_planning_imports_what_it_needs_and_no_more(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "from lyra_emergence.cli import main\n"
         "code = main(sys.argv[1:])\n"
-        "heavy = sorted({'torch', 'transformers', 'sentence_transformers', 'prompt_toolkit'} & set(sys.modules))\n"
-        "print('loaded:', heavy, 'seconds:', time.process_time(), file=sys.stderr)\n"
+        "own = set(sys.stdlib_module_names) | {'lyra_emergence'}\n"
+        "others = {name.partition('.')[0] for name in sys.modules} - own\n"
+        "print('imported:', len(sys.modules), *sorted(others), file=sys.stderr)\n"
         "sys.exit(code)\n"
     )
     command = [sys.executable, "-c", code, "plan", str(checkpoints("llama"))]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=True)
-    loaded, _, seconds = done.stderr.splitlines()[-1].partition(" seconds: ")
-    assert loaded == "loaded: []"
-    assert float(seconds) < 0.5
+    _, count, *others = done.stderr.splitlines()[-1].split()
+    # Imports are nearly all of a plan's time: torch alone would take two seconds. Files that install the package add a
+    # few names of their own, with underscores.
+    needed = {"annotated_doc", "annotated_types", "platformdirs", "pydantic", "pydantic_core", "shellingham", "typer"}
+    needed |= {"typing_extensions", "typing_inspection"}
+    assert {name for name in others if not name.startswith("_")} <= needed
+    assert int(count) < 400
 
 
 def test_plans_for_hardware_that_is_not_here(
