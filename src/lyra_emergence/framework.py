@@ -38,7 +38,7 @@ KERNELS_KEPT = 16
 A token needs one for every kind of projection and two for attention, 5 to 14 in all; a kernel takes a millisecond to
 compile, so none of these may be lost from one layer to the next.
 """
-_BUFFERS, _LOW_PRECISION_BUFFERS = 11 * 2**20, 10 * 2**20
+_BUFFERS, _LOW_PRECISION_BUFFERS = 16 * 2**20, 10 * 2**20
 _KERNEL_BYTES = 700 * 1024
 MOST_KERNEL_BUFFERS = _LOW_PRECISION_BUFFERS + KERNELS_KEPT * _KERNEL_BYTES
 """Main memory that kernels take at most beside a model's tensors."""
@@ -97,7 +97,8 @@ def _checked(costs: FrameworkCosts) -> FrameworkCosts:
 def kernel_buffers(dtype: str, kernels: int) -> int:
     """Return the bytes of main memory that kernels' scratch and the allocator's loose ends take beside tensors.
 
-    1 to 10 MiB were measured in float32; below it 4 to 7 MiB, and 0.6 to 0.8 for each kernel that is kept.
+    1 to 15 MiB were measured in float32, of which MKL keeps up to 8 for packed operands; below it 4 to 7 MiB, and 0.6
+    to 0.8 for each kernel that is kept.
 
     Args:
         dtype: torch's name of the dtype that the model computes in.
