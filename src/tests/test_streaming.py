@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from lyra_emergence.errors import CheckpointError
 from lyra_emergence.generation import GenerationOptions, Stepper, stream_generate
 from lyra_emergence.loading import load
 from lyra_emergence.runtime import streaming, weights_file
+from lyra_emergence.runtime.read_ahead import ReadAhead
 
 from .families import FAMILIES, LAYERS, build_checkpoint
 from .running import NEW_TOKENS, PROMPT, greedy, reference
@@ -234,6 +236,33 @@ def test_a_disk_that_fails_is_an_error_that_names_file_and_tensor(checkpoints: C
     disk.error = 0
     assert greedy(loaded) == reference(directory)
     loaded.close()
+
+
+def test_a_read_that_nobody_waited_for_is_tried_again_when_it_fails() -> None:
+    begun, wanted = threading.Event(), threading.Event()
+    reads: list[int] = []
+
+    class Source:
+        def read(self, target: memoryview, goes_on: Any) -> None:
+            reads.append(len(reads))
+            if len(reads) == 1:
+                begun.set()
+                assert wanted.wait(10)
+                raise CheckpointError("the disk was ill")
+            target[:1] = b"x"
+
+    memory = bytearray(1)
+    ring = ReadAhead([Source()], [memoryview(memory)])
+    assert begun.wait(10)  # ahead, before anybody asks
+    taken: list[int | None] = []
+    reader = threading.Thread(target=lambda: taken.append(ring.take(0)))
+    reader.start()
+    while ring._ring._wanted is None:
+        time.sleep(0.001)
+    wanted.set()
+    reader.join(10)
+    assert (taken, reads, memory) == ([0], [0, 1], b"x")
+    ring.close()
 
 
 def test_a_file_that_was_cut_off_is_an_error(checkpoints: Checkpoints, disk: Disk) -> None:

@@ -41,6 +41,7 @@ class _Buffer:
         filled: Whether it holds all of it.
         spent: Whether what it holds was used, and may make room.
         users: The threads that use it now.
+        asked: Whether its source was waited for as the read began.
     """
 
     memory: memoryview
@@ -48,6 +49,7 @@ class _Buffer:
     filled: bool = False
     spent: bool = True
     users: int = 0
+    asked: bool = False
 
 
 class ReadAhead:
@@ -170,7 +172,7 @@ class _Ring:
             return None
         self._next = (source + 1) % len(self._sources)
         held = self._buffers[buffer]
-        held.source, held.filled, held.spent = source, False, False
+        held.source, held.filled, held.spent, held.asked = source, False, False, urgent
         return buffer, source
 
     def _after_those_held(self) -> int | None:
@@ -201,9 +203,9 @@ class _Ring:
             held.filled = failure is None
             if failure is not None:
                 held.source, held.spent = None, True
-                # What nobody waited for is tried again when it is wanted: the disk may be well by then.
+                # What nobody waited for as the read began is tried again when it is wanted: the disk may be well then.
                 self._unread.add(source)
-                if source == self._wanted:
+                if held.asked and source == self._wanted:
                     self._failures[source] = failure
             self._changed.notify_all()
 
