@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from benchmarks.checkpoints import SHAPES, checkpoint_of
+from benchmarks.engines import asked
 from benchmarks.gguf_files import write_gguf
 
 if TYPE_CHECKING:
@@ -79,26 +80,17 @@ def measure(engines: list[str], shape: str, rounds: int) -> dict[str, dict[str, 
         # One at a time: each holds its weights, and all of them together need not fit.
         command = [sys.executable, "-m", "benchmarks.cpu", "--serve", engine, "--shape", shape]
         processes[engine] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        rows[engine]["load"] = [_asked(processes[engine], "")["load"]]
+        rows[engine]["load"] = [asked(processes[engine], "")["load"]]
     for number in range(rounds + 1):
         for engine, process in processes.items():
             for prompt in PROMPTS:
-                found = _asked(process, f"{prompt}\n")
+                found = asked(process, f"{prompt}\n")
                 if number:
                     for name, seconds in found.items():
                         rows[engine].setdefault(f"{name} {prompt}", []).append(seconds)
     for process in processes.values():
         process.communicate()
     return rows
-
-
-def _asked(process: Any, line: str) -> dict[str, float]:
-    process.stdin.write(line)
-    process.stdin.flush()
-    for answer in process.stdout:
-        if answer.startswith("{"):
-            return json.loads(answer)
-    raise SystemExit(f"an engine ended: {process.args}")
 
 
 def serve(engine: str, shape: str, directory: Path) -> None:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from benchmarks.checkpoints import SHAPES, checkpoint_of
+from benchmarks.engines import asked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -107,16 +108,6 @@ def measure(shape: str, limit: int, rounds: int) -> dict[str, Any]:
         for group in groups.values():
             group.rmdir()
     return rows
-
-
-def asked(process: Any, line: str) -> dict[str, Any]:
-    """Return the next line of figures that an engine prints, after it was sent `line`."""
-    process.stdin.write(line)
-    process.stdin.flush()
-    for answer in process.stdout:
-        if answer.startswith("{"):
-            return json.loads(answer)
-    raise SystemExit(f"an engine ended: {process.args}")
 
 
 def make_group(engine: str, limit: int) -> Path:
