@@ -52,6 +52,7 @@ class Request:
         pinned: Device by block name, where a custom map says so.
         whole_on: The accelerator that must hold the whole model ("cuda"), or None.
         notes: Warnings for the user.
+        guests: Whether an accelerator may run blocks of main memory for a long prompt.
     """
 
     accelerators: tuple[Budget, ...]
@@ -59,6 +60,7 @@ class Request:
     pinned: Mapping[str, str]
     whole_on: str | None
     notes: tuple[str, ...]
+    guests: bool = True
 
 
 def read_request(config: ModelConfig, machine: Machine, footprint: Footprint) -> Request:
@@ -87,7 +89,8 @@ def read_request(config: ModelConfig, machine: Machine, footprint: Footprint) ->
         else:
             accelerators = tuple(b for b in accelerators if b.device == device.name)
             whole_on = device.name
-    return Request(accelerators, cpu, pinned, whole_on, (*lacking.notes(), *cut))
+    notes = (*lacking.notes(), *cut)
+    return Request(accelerators, cpu, pinned, whole_on, notes, guests=config.prompt_streaming)
 
 
 class _Lacking:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from lyra_emergence.dividing import divide_layers
 from lyra_emergence.filler import Filler
+from lyra_emergence.guests import with_guests
 from lyra_emergence.placement import CPU, DISK, Placement
 from lyra_emergence.spilling import spill_to_disk
 
@@ -54,7 +55,8 @@ def place(
     else:
         ways = [_limited(Filler(footprint, budgets, apart=apart), layer_limit) for apart in (False, True)]
         placed = min(ways, key=lambda way: (-fast_layers(way), slow_bytes(way, footprint)))
-    return spill_to_disk(placed, footprint, request.cpu)
+    settled = spill_to_disk(placed, footprint, request.cpu)
+    return with_guests(settled, footprint, budgets, request.cpu) if request.guests else settled
 
 
 def _best(footprint: Footprint, request: Request, budgets: Sequence[Budget]) -> tuple[Placement, ...]:

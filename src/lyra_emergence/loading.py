@@ -17,6 +17,7 @@ from lyra_emergence.checkpoint.json_files import DAMAGED
 from lyra_emergence.checkpoint.unchanged import check_blocks, check_files
 from lyra_emergence.errors import CheckpointError, DoesNotFitError, is_out_of_memory, without_frames
 from lyra_emergence.footprint import TORCH_DTYPES
+from lyra_emergence.guests import DEFAULT_LEAST_TOKENS, least_tokens
 from lyra_emergence.hub import locate
 from lyra_emergence.load_report import TRUST_WARNING, Attempt, LoadEvent, LoadReport
 from lyra_emergence.machine import probe_machine
@@ -202,10 +203,10 @@ def _open_packed(
 def _promote(
     model: Any, plan: Plan, config: ModelConfig, packed: PackedStore | None, tell: Callable[[LoadEvent], None]
 ) -> tuple[tuple[PlacedBlock, ...], Residency, Ladder]:
-    from lyra_emergence.runtime.blocks import split_into_blocks
     from lyra_emergence.runtime.handover import Handover
     from lyra_emergence.runtime.ladder import Ladder
     from lyra_emergence.runtime.residency import Residency
+    from lyra_emergence.runtime.splitting import split_into_blocks
 
     names = [(p.block, p.kind) for p in plan.placements]
     blocks = split_into_blocks(model, names, _form(plan, model, config), packed)
@@ -214,7 +215,28 @@ def _promote(
     if packed is not None:
         packed.stop_keeping()
     model.config.dtype = blocks_dtype(plan)
-    return blocks, Residency(model, plan, blocks, Handover(model)), ladder
+    least = _least_tokens(plan, ladder.placements, tell)
+    return blocks, Residency(model, plan, blocks, Handover(model), least), ladder
+
+
+def _least_tokens(plan: Plan, placements: tuple[Placement, ...], tell: Callable[[LoadEvent], None]) -> int:
+    """Return from how many tokens on accelerators run what main memory holds, measured where NVML names the GPUs."""
+    from lyra_emergence.speed import cached_rates, rates
+
+    if not any(placement.through for placement in placements):
+        return DEFAULT_LEAST_TOKENS
+    # As planning named the devices, which it did without torch where it could.
+    machine = probe_machine(with_torch=False)
+    if not machine.accelerators:
+        return least_tokens(placements, plan.footprint, cached_rates(probe_machine(with_torch=True)))
+    if cached_rates(machine) is None:
+        tell(LoadEvent("note", "measuring how fast this machine is, once, for where long prompts run"))
+    try:
+        return least_tokens(placements, plan.footprint, rates(machine))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return DEFAULT_LEAST_TOKENS
 
 
 def _stream(

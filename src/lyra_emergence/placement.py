@@ -14,11 +14,25 @@ if TYPE_CHECKING:
     from lyra_emergence.budgets import Budget
     from lyra_emergence.footprint import BlockFootprint, Footprint
 
-__all__ = ["CPU", "DISK", "STREAM_BUFFERS", "DeviceUse", "Placement", "check_fits", "measure_use", "refuse"]
+__all__ = [
+    "CPU",
+    "DISK",
+    "STAGING_PIECE",
+    "STAGING_PIECES",
+    "STREAM_BUFFERS",
+    "DeviceUse",
+    "Placement",
+    "check_fits",
+    "measure_use",
+    "refuse",
+]
 
 CPU, DISK = "cpu", "disk"
 STREAM_BUFFERS = 2
 """Blocks that are in main memory at once of those that are streamed: one runs while the next is read."""
+STAGING_PIECES, STAGING_PIECE = 2, 8 * 2**20
+"""Pinned pieces of main memory through which weights go to an accelerator, and the bytes of one at most: a bus takes a
+third of a millisecond for it, many times what it takes to begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +48,7 @@ class Placement:
         reason: Why there.
         streamed: Whether a block on disk is read ahead, in order, into buffers that are used again; else its pages are
             read as they are met.
+        through: The accelerator that runs it for a long prompt, though its weights stay; "" for none.
     """
 
     block: str
@@ -43,6 +58,7 @@ class Placement:
     kv_cache: int
     reason: str
     streamed: bool = False
+    through: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +78,8 @@ class DeviceUse:
         mapped: Bytes of the weights that are a map of the file, whose pages the kernel may take back.
         kv_cache: Keys and values of the blocks that compute there.
         activations: Temporaries at their most while its blocks run.
-        streaming: Buffers in main memory through which blocks on disk are streamed.
+        streaming: Buffers in main memory through which blocks on disk are streamed, and pieces through which weights go
+            to an accelerator; there, the keys and values of a block that it runs for a prompt.
         packing: What packing layers takes for a moment in main memory while they load: before there is a KV cache.
         reserved: What the framework itself takes.
         layers: How many layers are there, with or without their experts.
@@ -131,7 +148,7 @@ def _use(device: str, placements: Sequence[Placement], footprint: Footprint, bud
         experts=len({blocks[p.block].index for p in here if p.kind == "experts"}),
         packing=footprint.packing if device == CPU and any(_packs(p, blocks) for p in runs) else 0,
         mapped=sum(blocks[p.block].mapped_on_cpu for p in here if device in (CPU, DISK) and p.weights),
-        streaming=_buffers(placements, blocks) if device == CPU else 0,
+        streaming=streaming_bytes(device, placements, blocks),
     )
 
 
@@ -139,9 +156,14 @@ def _packs(placement: Placement, blocks: Mapping[str, BlockFootprint]) -> bool:
     return placement.kind == "layer" and blocks[placement.block].packs
 
 
-def _buffers(placements: Sequence[Placement], blocks: Mapping[str, BlockFootprint]) -> int:
-    """Return the bytes of the buffers through which blocks are streamed."""
-    return STREAM_BUFFERS * max((blocks[p.block].read_from(blocks) for p in placements if p.streamed), default=0)
+def streaming_bytes(device: str, placements: Sequence[Placement], blocks: Mapping[str, BlockFootprint]) -> int:
+    """Return the bytes of a device through which weights pass that do not stay there."""
+    if device == CPU:
+        streamed = max((blocks[p.block].read_from(blocks) for p in placements if p.streamed), default=0)
+        most = max((p.weights for p in placements if p.through), default=0)
+        return STREAM_BUFFERS * streamed + STAGING_PIECES * min(STAGING_PIECE, most)
+    # As they come, and once more as the prompt adds to them.
+    return 2 * max((p.kv_cache for p in placements if p.through == device), default=0)
 
 
 def _homes(placements: Sequence[Placement], blocks: Mapping[str, BlockFootprint]) -> int:

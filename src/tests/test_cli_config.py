@@ -111,6 +111,7 @@ pipeline_kwargs.stop         file          ["\\n"]
 dtype                        default       null
 context_length               default       null
 cpu_kernels                  default       true
+prompt_streaming             default       true
 packed_cache                 default       20GB
 trust_remote_code            default       false
 """,

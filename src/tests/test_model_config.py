@@ -44,6 +44,7 @@ FIELDS = (
     "dtype",
     "context_length",
     "cpu_kernels",
+    "prompt_streaming",
     "packed_cache",
     "trust_remote_code",
 )
@@ -90,6 +91,7 @@ def test_the_keys_and_their_defaults() -> None:
         "dtype": None,
         "context_length": None,
         "cpu_kernels": True,
+        "prompt_streaming": True,
         "packed_cache": "20GB",
         "trust_remote_code": False,
     }
@@ -622,6 +624,7 @@ def test_one_error_lists_the_problems_of_every_source() -> None:
         ("LYRA_DTYPE", "bf16", "dtype", "bfloat16"),
         ("LYRA_CONTEXT_LENGTH", "2048", "context_length", 2048),
         ("LYRA_CPU_KERNELS", "off", "cpu_kernels", False),
+        ("LYRA_PROMPT_STREAMING", "no", "prompt_streaming", False),
         ("LYRA_PACKED_CACHE", "5GiB", "packed_cache", "5GiB"),
         ("LYRA_TRUST_REMOTE_CODE", "on", "trust_remote_code", True),
     ],

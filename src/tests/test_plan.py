@@ -548,6 +548,7 @@ def test_json_is_plain_data_with_stable_keys(phi2: CheckpointIndex) -> None:
         "kv_cache": CACHE,
         "reason": "fits, layer 1 in order",
         "streamed": False,
+        "through": "",
     }
     assert data["rungs"][2] == {
         "name": "fallback",

@@ -148,16 +148,16 @@ def test_keys_and_values_come_back(
     loaded = load(ModelConfig(), directory=directory)
     stepper = Stepper(loaded)
     logits = stepper.prefill(PROMPT)
-    held = stepper.cached_bytes("sim:0")
+    held = stepper.cached.cached_bytes("sim:0")
     assert loaded.residency.offload_caches("sim:0")
-    assert (stepper.cached_bytes("sim:0"), stepper.cached_bytes("cpu")) == (0, held)
+    assert (stepper.cached.cached_bytes("sim:0"), stepper.cached.cached_bytes("cpu")) == (0, held)
     tokens = []
     for _ in range(4):
         tokens.append(int(logits.argmax(-1)))
         logits = stepper.step(tokens[-1])
     assert tokens == reference(directory)[:4]
-    assert stepper.cached_bytes("cpu") == 0
-    assert stepper.cached_bytes("sim:0") > held
+    assert stepper.cached.cached_bytes("cpu") == 0
+    assert stepper.cached.cached_bytes("sim:0") > held
     stepper.close()
     loaded.close()
 
@@ -375,7 +375,7 @@ def test_caches_of_an_abandoned_answer_are_not_moved_along(checkpoints: Checkpoi
     loaded = load(ModelConfig(), directory=checkpoints("llama"))
     stepper = Stepper(loaded)
     stepper.prefill(PROMPT)
-    assert stepper.cached_bytes("sim:0") > 0
+    assert stepper.cached.cached_bytes("sim:0") > 0
     at_rest = sim.used(0)
     del stepper
     assert sim.settled()[0] < at_rest

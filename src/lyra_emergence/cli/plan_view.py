@@ -20,7 +20,7 @@ __all__ = ["band_text", "explain_block", "render_plan", "render_speed", "summary
 
 _FILLS: Final = ("█", "▓", "▒", "▚", "░", "·")
 _ASCII_FILLS: Final = ("#", "=", "~", "%", ":", ".")
-_PARTS: Final = ("weights", "KV cache", "activations", "read ahead", "headroom")
+_PARTS: Final = ("weights", "KV cache", "activations", "streaming", "headroom")
 _ACCELERATOR_STYLES: Final[tuple[Style, ...]] = ("green", "magenta", "cyan", "yellow")
 _HOST_STYLES: Final[dict[str, Style]] = {"cpu": "blue", "disk": "dim"}
 _NARROWEST_BAR: Final = 10
@@ -57,7 +57,9 @@ def explain_block(plan: Plan, name: str) -> str:
         hint = f"did you mean {near[0]}?" if near else f"blocks are named like {names[0]}"
         raise ConfigError(f"the plan has no block '{name}'", hint=hint)
     cache = f" and {format_bytes(found.kv_cache)} of KV cache" if found.kv_cache else ""
-    return f"{found.block} is on {found.device}: {found.reason} ({format_bytes(found.weights)} of weights{cache})"
+    prompts = f"; a long prompt runs it on {found.through}" if found.through else ""
+    weights = f"({format_bytes(found.weights)} of weights{cache})"
+    return f"{found.block} is on {found.device}: {found.reason} {weights}{prompts}"
 
 
 def render_plan(plan: Plan, name: str, console: Console) -> Iterator[str]:
@@ -180,6 +182,20 @@ def _strip(plan: Plan, console: Console) -> Iterator[str]:
         if held:
             lead = f"{_INDENT}{_symbol(use.device)} {use.device}: "
             yield from _hanging(lead, len(lead), held, console.width)
+    for device, numbers in _guests(plan).items():
+        told = f"long prompts run {_ranges('layer', numbers)} on {device} as well, copied there as they run"
+        yield from _hanging(_INDENT, len(_INDENT), told, console.width)
+
+
+def _guests(plan: Plan) -> dict[str, list[int]]:
+    """Return, by accelerator, the numbers of the layers that it runs for a long prompt, wholly or their experts."""
+    found: dict[str, list[int]] = {}
+    number = -1
+    for placement in plan.placements:
+        number += placement.kind == "layer"
+        if placement.through and number not in found.setdefault(placement.through, []):
+            found[placement.through].append(number)
+    return found
 
 
 def _cell(device: str | None, plan: Plan, console: Console) -> str:

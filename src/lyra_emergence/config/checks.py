@@ -170,6 +170,7 @@ CHECKS: dict[str, Callable[[object, str, Problems], Any]] = {
     "dtype": _check_dtype,
     "context_length": _whole(1, 2048),
     "cpu_kernels": _check_boolean,
+    "prompt_streaming": _check_boolean,
     "packed_cache": check_size,
     "trust_remote_code": _check_boolean,
 }

@@ -32,6 +32,7 @@ _BOOLEANS = (
     "load_in_4bit",
     "allow_quantization",
     "cpu_kernels",
+    "prompt_streaming",
     "trust_remote_code",
 )
 _WHOLE_NUMBERS = ("gpu_layers_fallback", "context_length")

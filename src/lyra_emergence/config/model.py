@@ -137,6 +137,13 @@ class ModelConfig(BaseModel):
         default=True,
         description="Compile and use Lyra's own kernels for single tokens on the CPU; false: torch's operators alone.",
     )
+    prompt_streaming: bool = Field(
+        default=True,
+        description=(
+            "Let an accelerator run layers of main memory for a long prompt, their weights copied as they run; false: "
+            "they always run on the CPU."
+        ),
+    )
     packed_cache: _CacheSize = Field(
         default="20GB",
         description=(

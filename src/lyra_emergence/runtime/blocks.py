@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lyra_emergence.errors import CheckpointError
 from lyra_emergence.main_memory import require
 from lyra_emergence.runtime.compute_threads import settle_for_fewer_threads
 from lyra_emergence.runtime.passing import Passing
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from lyra_emergence.packing import Quantization
     from lyra_emergence.runtime.cpu.packed_store import PackedStore
 
-__all__ = ["REST", "LoadedForm", "PlacedBlock", "split_into_blocks"]
+__all__ = ["REST", "Copies", "LoadedForm", "PlacedBlock", "Slot"]
 
 REST = ""
 """The name of the block that holds what no block of the checkpoint claims, such as rotary tables."""
@@ -54,7 +53,7 @@ class LoadedForm:
     cpu_kernels: bool = False
 
 
-class _Copies:
+class Copies:
     """Copies by (home tensor, device), so that tied weights on one device share one copy."""
 
     def __init__(self, form: LoadedForm) -> None:
@@ -75,17 +74,20 @@ class _Copies:
     def _is_converted(self, home: torch.Tensor) -> bool:
         return isinstance(home, nn.Parameter) and home.is_floating_point() and home.dtype != self._form.dtype
 
+    def like(self, home: torch.Tensor) -> torch.Tensor:
+        """Return `home` in the loaded form, in main memory: itself where it has that form."""
+        return home.detach().to(self._form.dtype) if self._is_converted(home) else home
+
     def _copy(self, home: torch.Tensor, device: str) -> torch.Tensor:
         settle_for_fewer_threads()
-        data = home.detach()
         if device == "cpu":
-            require(data.numel() * self._form.dtype.itemsize, "a copy of a weight in another form")
-        data = (data.to(self._form.dtype) if self._is_converted(home) else data).to(device)
+            require(home.numel() * self._form.dtype.itemsize, "a copy of a weight in another form")
+        data = self.like(home).detach().to(device)
         return nn.Parameter(data, requires_grad=False) if isinstance(home, nn.Parameter) else data
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
+class Slot:
     """A place in a module that holds a tensor, and the tensor that the checkpoint's map has for it."""
 
     module: nn.Module
@@ -93,7 +95,13 @@ class _Slot:
     home: torch.Tensor
 
     def hold(self, tensor: torch.Tensor) -> None:
+        """Put a tensor in this place."""
         setattr(self.module, self.leaf, tensor)
+
+    def held(self) -> torch.Tensor:
+        """Return the tensor that is in this place now."""
+        tensor: torch.Tensor = getattr(self.module, self.leaf)
+        return tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +116,11 @@ class _Projection:
 
 @dataclass(frozen=True, slots=True)
 class _Streaming:
-    """That a block's weights are read as it runs: its hooks, and what is called when that is over."""
+    """That a block's weights are read as it runs: its hooks, where they are had, and what is called when it is over."""
 
     passing: Passing
+    take: Callable[[], Mapping[int, torch.Tensor] | None]
+    leave: Callable[[], bool]
     end: Callable[[], None]
 
 
@@ -128,8 +138,8 @@ class PlacedBlock:
         self,
         name: str,
         module: nn.Module | None,
-        slots: Sequence[_Slot],
-        copies: _Copies,
+        slots: Sequence[Slot],
+        copies: Copies,
         form: LoadedForm,
         *,
         around: str | None = None,
@@ -150,6 +160,12 @@ class PlacedBlock:
         self._at_home = True
         self._passing: Passing | None = None
         self._streaming: _Streaming | None = None
+        self._guest_on: str | None = None
+
+    @property
+    def runs_on(self) -> str:
+        """The device that computes it now: of a guest, not the one where its weights stay."""
+        return self._guest_on or self.device
 
     @property
     def homes(self) -> tuple[torch.Tensor, ...]:
@@ -200,16 +216,19 @@ class PlacedBlock:
             end: Called once that is over.
         """
         assert self.module is not None  # what has none is not streamed
-        self._streaming = _Streaming(Passing(self.module, partial(self._hold, take), partial(self._let_go, leave)), end)
+        passing = Passing(self.module, partial(self._hold, take), partial(self._let_go, leave))
+        self._streaming = _Streaming(passing, take, leave, end)
 
     def _hold(self, take: Callable[[], Mapping[int, torch.Tensor] | None]) -> None:
+        if self._guest_on is not None:
+            return
         tensors = take()
         for slot in self._slots if tensors else ():
             slot.hold(tensors.get(id(slot.home), slot.home))  # type: ignore[union-attr]
 
     def _let_go(self, leave: Callable[[], bool]) -> None:
         # Another thread may be in the middle of the same block.
-        if leave() and self._at_home:
+        if self._guest_on is None and leave() and self._at_home:
             self._go_home()
 
     def end_streaming(self) -> None:
@@ -218,6 +237,54 @@ class PlacedBlock:
             self._streaming.passing.end()
             self._streaming.end()
             self._streaming = None
+
+    def shape(self) -> tuple[object, ...] | None:
+        """Return what two blocks have in common where one can run in the other's memory.
+
+        None where that cannot be: packed weights have another form on each device, and what passes has none of its own.
+        """
+        held = [slot.held() for slot in self._slots]
+        if self.module is None or self._projections or self._passing or not all(t.is_contiguous() for t in held):
+            return None
+        kinds = ((type(slot.module).__name__, slot.leaf) for slot in self._slots)
+        return tuple((*kind, tensor.shape, tensor.dtype) for kind, tensor in zip(kinds, held, strict=True))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return what it holds now, in an order that blocks of one `shape` share."""
+        return [slot.held() for slot in self._slots]
+
+    @contextlib.contextmanager
+    def in_main_memory(self) -> Iterator[Iterable[torch.Tensor]]:
+        """Yield its weights in main memory, in the order of `tensors`: those that are streamed, while this lasts.
+
+        Raises:
+            CheckpointError: They cannot be read.
+        """
+        taken = self._streaming.take() if self._streaming is not None else None
+        try:
+            if taken is not None:
+                yield [taken.get(id(slot.home), slot.home) for slot in self._slots]
+            else:
+                yield self.tensors() if self.device == "cpu" else (self._copies.like(slot.home) for slot in self._slots)
+        finally:
+            if taken is not None and self._streaming is not None:
+                self._streaming.leave()
+
+    def be_guest(self, device: str, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Run on `device` from `tensors`, which hold its weights there; return what ends that."""
+        own = self.tensors()
+
+        def end() -> None:
+            self._guest_on = None
+            self._put(own)
+
+        self._guest_on = device
+        self._put(tensors)
+        return end
+
+    def _put(self, tensors: Sequence[torch.Tensor]) -> None:
+        for slot, tensor in zip(self._slots, tensors, strict=True):
+            slot.hold(tensor)
 
     @property
     def passing(self) -> bool:
@@ -282,95 +349,3 @@ def _projections(module: nn.Module) -> Iterator[_Projection]:
         for leaf, child in parent.named_children():
             if replaces(child):
                 yield _Projection(parent, leaf, f"{place}.{leaf}" if place else leaf, child)
-
-
-def split_into_blocks(
-    model: nn.Module, names: Iterable[tuple[str, str]], form: LoadedForm, packed: PackedStore | None = None
-) -> tuple[PlacedBlock, ...]:
-    """Divide a model into the blocks of its plan.
-
-    Args:
-        model: The model, its tensors mapped from the checkpoint.
-        names: (name, kind) of every block of the plan.
-        form: How weights look once loaded.
-        packed: Where packed weights are kept from load to load, if they are.
-
-    Returns:
-        The plan's blocks in order, without those "other" ones that the model does not build (a vision tower, layers
-        for multi-token prediction), then the rest block. Experts without a module of their own stay with their layer.
-
-    Raises:
-        CheckpointError: A block of the checkpoint has no module in the model.
-    """
-    kinds = dict(names)
-    modules: dict[str, tuple[str, nn.Module]] = {}
-    for name, kind in kinds.items():
-        place = _find_experts(name, modules) if kind == "experts" else _find_module(model, name, kind)
-        if place is not None:
-            modules[name] = place
-    owners = {path: name for name, (path, _) in modules.items()}
-    slots: dict[str, list[_Slot]] = {name: [] for name in (*modules, REST)}
-    for path, slot in _slots(model):
-        slots[_owner(path, owners)].append(slot)
-    copies = _Copies(form)
-    plain = LoadedForm(form.dtype, form.stored, None)
-    blocks = [
-        PlacedBlock(
-            name,
-            module,
-            slots[name],
-            copies,
-            form if kinds[name] == "layer" else plain,
-            around=_owner(path, owners) or None,
-            store=packed,
-        )
-        for name, (path, module) in modules.items()
-    ]
-    return (*blocks, PlacedBlock(REST, None, slots[REST], copies, plain))
-
-
-def _find_module(model: nn.Module, name: str, kind: str) -> tuple[str, nn.Module] | None:
-    """Find a checkpoint's module in the model: by its path, whose base prefix either may lack, else by its role."""
-    prefix = str(getattr(model, "base_model_prefix", ""))
-    for path in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        with contextlib.suppress(AttributeError):
-            return path, model.get_submodule(path)
-    # transformers renames some modules on load: GPT-NeoX's "embed_out" is its "lm_head".
-    getter = {"head": "get_output_embeddings", "embedding": "get_input_embeddings"}.get(kind)
-    module = getattr(model, getter)() if getter else None
-    if module is not None:
-        return next(path for path, candidate in model.named_modules() if candidate is module), module
-    if kind == "other":
-        return None
-    raise CheckpointError(
-        f"the checkpoint's block '{name}' has no module in {type(model).__name__}",
-        hint="check that config.json's architecture is the one that the weights were saved from",
-    )
-
-
-def _find_experts(name: str, modules: dict[str, tuple[str, nn.Module]]) -> tuple[str, nn.Module] | None:
-    """Find a layer's experts within its module: transformers may call what is between them otherwise."""
-    layer = next((known for known in reversed(modules) if name.startswith(f"{known}.")), None)
-    if layer is None:
-        return None
-    path, around = modules[layer]
-    inside = name.removeprefix(f"{layer}.")
-    places = {place: module for place, module in around.named_modules() if place.rpartition(".")[2] == "experts"}
-    chosen = inside if inside in places else next(iter(places)) if len(places) == 1 else None
-    return None if chosen is None else (f"{path}.{chosen}", places[chosen])
-
-
-def _slots(model: nn.Module) -> Iterator[tuple[str, _Slot]]:
-    for path, module in model.named_modules(remove_duplicate=True):
-        direct = (*module.named_parameters(recurse=False, remove_duplicate=False), *module.named_buffers(recurse=False))
-        for leaf, tensor in direct:
-            yield (f"{path}.{leaf}" if path else leaf), _Slot(module, leaf, tensor)
-
-
-def _owner(path: str, owners: dict[str, str]) -> str:
-    """Return the block whose module is the nearest one around the tensor at `path`."""
-    while path:
-        path = path.rpartition(".")[0]
-        if path in owners:
-            return owners[path]
-    return REST

@@ -3,7 +3,7 @@
 Each block's inputs are moved to where the block computes; its output stays there until the next block asks for it, so
 that the hidden state crosses a bus only where the plan does. What experts apart from their layer make goes back to it.
 Keys and values are made, and stay, where their block computes. Masks and rotary tables, which every layer gets, are
-moved once per forward and device.
+moved once per forward and device. Where a block computes is asked when it runs: it may be a guest (`guests.py`).
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Handover:
         self.disconnect()
         if len({block.device for block in blocks}) == 1:
             return
-        devices = {block.name: block.device for block in blocks}
+        named = {block.name: block for block in blocks}
         for block in blocks:
             if block.module is not None and block.module is not self._model:
-                outside = devices.get(block.around or "", block.device)
+                around = named.get(block.around or "")
                 for module in _called(block.module):
-                    self._attach(module, block.device, outside if block.around else None)
+                    self._attach(module, block, around)
         self._handles.append(self._model.register_forward_pre_hook(self._enter(entry), with_kwargs=True))
         self._handles.append(self._model.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
 
@@ -62,21 +62,20 @@ class Handover:
         """Drop the copies that were handed over in the last forward, as its end does."""
         self._moved.clear()
 
-    def _attach(self, module: nn.Module, name: str, back: str | None) -> None:
-        device = torch.device(name)
-
+    def _attach(self, module: nn.Module, block: PlacedBlock, around: PlacedBlock | None) -> None:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            device = torch.device(block.runs_on)
             return _move(args, device), {key: self._move_shared(value, device) for key, value in kwargs.items()}
 
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        if back is not None and back != name:
-            self._return(module, torch.device(back))
+        if around is not None:
+            self._return(module, around)
 
-    def _return(self, module: nn.Module, device: torch.device) -> None:
+    def _return(self, module: nn.Module, around: PlacedBlock) -> None:
         """Let what a module within a block makes go on where the rest of that block computes."""
 
         def after(_: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-            return _move(output, device)
+            return _move(output, torch.device(around.runs_on))
 
         self._handles.append(module.register_forward_hook(after))
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OffloadedLayer",
     "RoomyLayer",
+    "can_move",
     "cut_back",
     "give_room",
     "held_bytes",
@@ -131,6 +132,11 @@ def _layer_cut_back(layer: Any, tokens: int) -> bool:
         return False
     layer.keys, layer.values = layer.keys[..., :tokens, :], layer.values[..., :tokens, :]
     return True
+
+
+def can_move(caches: Mapping[str, Any]) -> bool:
+    """Return whether `move_layer` can move every layer's part of the caches."""
+    return bool(caches) and all(type(layer) in _KNOWN for layer in _all_layers(caches))
 
 
 def move_layer(caches: Mapping[str, Any], index: int, device: str) -> bool:

@@ -24,9 +24,12 @@ class Passing:
         module: The block's module.
         take: Makes the block hold its copies.
         drop: Makes it point back at the map; called too where the module raises.
+        first: Whether `take` is called before what other hooks of the module do by then.
     """
 
-    def __init__(self, module: nn.Module, take: Callable[[], Any], drop: Callable[[], Any]) -> None:
+    def __init__(
+        self, module: nn.Module, take: Callable[[], Any], drop: Callable[[], Any], *, first: bool = False
+    ) -> None:
         def before(*_: Any) -> None:
             take()
 
@@ -34,7 +37,7 @@ class Passing:
             drop()
 
         self._handles = (
-            module.register_forward_pre_hook(before),
+            module.register_forward_pre_hook(before, prepend=first),
             module.register_forward_hook(after, always_call=True),
         )
 

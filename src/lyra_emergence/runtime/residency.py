@@ -12,51 +12,32 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.errors import is_out_of_memory, without_frames
+from lyra_emergence.guests import DEFAULT_LEAST_TOKENS
 from lyra_emergence.plan import hf_device
 from lyra_emergence.runtime.blocks import REST
+from lyra_emergence.runtime.guests import Guests, find_guests
 from lyra_emergence.runtime.memory import free_bytes, give_back
 from lyra_emergence.runtime.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from lyra_emergence.placement import Placement
     from lyra_emergence.plan import Plan
     from lyra_emergence.runtime.blocks import PlacedBlock
+    from lyra_emergence.runtime.follower import Follower
     from lyra_emergence.runtime.handover import Handover
     from lyra_emergence.runtime.streaming import Stream
 
-__all__ = ["CPU", "Follower", "Residency"]
+__all__ = ["CPU", "Residency"]
 
 CPU = "cpu"
 _LONGEST_WAIT = 4096
 """Steps between two tries to bring blocks back, at most."""
 _FIRST_WAIT = 32
-
-
-class Follower(Protocol):
-    """A generator whose caches go where the blocks go."""
-
-    def move_cache(self, layer: int, device: str) -> None:
-        """Move the part of its caches that belongs to a layer, or drop the caches where that cannot be done."""
-
-    def cached_bytes(self, device: str) -> int:
-        """Return the bytes of its caches on a device."""
-
-    def share_to_come(self, device: str) -> float:
-        """Return the tokens that its caches on a device may still take in, as a share of the context."""
-
-    def share_offloaded(self, device: str) -> float:
-        """As `share_to_come`, of caches that main memory keeps for that device."""
-
-    def offload_cache(self, device: str, layers: Collection[int]) -> bool:
-        """Keep its caches of `layers`, which compute on `device`, in main memory; return whether that changed any."""
-
-    def onload_cache(self, device: str, layers: Collection[int]) -> None:
-        """Take them back to the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +56,17 @@ class Residency:
         plan: What it was loaded by.
         blocks: Its blocks, as loading left them.
         handover: The hooks between devices.
+        least_tokens: Tokens of a pass from which accelerators run the guests that the plan has for them.
     """
 
-    def __init__(self, model: Any, plan: Plan, blocks: Sequence[PlacedBlock], handover: Handover) -> None:
+    def __init__(
+        self,
+        model: Any,
+        plan: Plan,
+        blocks: Sequence[PlacedBlock],
+        handover: Handover,
+        least_tokens: int = DEFAULT_LEAST_TOKENS,
+    ) -> None:
         self._model = model
         self._plan = plan
         self._blocks = {block.name: block for block in blocks}
@@ -89,6 +78,8 @@ class Residency:
         self._away: list[_Moved] = []
         self._offloaded: set[str] = set()
         self._wait, self._steps, self._climbed = _FIRST_WAIT, 0, False
+        self._guests: tuple[Guests, ...] | None = None  # as the blocks are; None where that was not asked yet
+        self._least_tokens = least_tokens
         self.stream: Stream | None = None  # feeds the blocks that are streamed; closed with them
         self._connect()
 
@@ -367,7 +358,16 @@ class Residency:
             for follower in self._followers:
                 follower.move_cache(index, device)
 
+    def guests(self, tokens: int) -> tuple[Guests, ...]:
+        """Return the guests of a pass of `tokens` tokens, all sequences together; () where it is too short for them."""
+        if tokens < self._least_tokens:
+            return ()
+        if self._guests is None:
+            self._guests = find_guests(tuple(self._blocks.values()), self._placements, self._layers)
+        return self._guests
+
     def _connect(self) -> None:
+        self._guests = None
         blocks = tuple(self._blocks.values())
         self._handover.connect(blocks, self.entry)
         device_map = {block.name: hf_device(block.device) for block in blocks if block.name}

@@ -9,6 +9,7 @@ the `except` block: while the exception lives, its frames hold the tensors of th
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -18,15 +19,8 @@ from lyra_emergence.footprint import PREFILL_CHUNK
 from lyra_emergence.load_report import LoadEvent
 from lyra_emergence.runtime.compute_threads import one_thread, settle_for_fewer_threads
 from lyra_emergence.runtime.headroom import Headroom
-from lyra_emergence.runtime.kv_cache import (
-    cut_back,
-    give_room,
-    held_bytes,
-    move_layer,
-    offload,
-    offloading_caches,
-    onload,
-)
+from lyra_emergence.runtime.held_caches import HeldCaches
+from lyra_emergence.runtime.kv_cache import can_move
 from lyra_emergence.runtime.memory import give_back, keep_freed_memory, return_freed_memory, stop_using_onednn
 from lyra_emergence.runtime.recovery import Recovery, failing_device
 from lyra_emergence.runtime.residency import CPU
@@ -35,7 +29,7 @@ from lyra_emergence.runtime.stepping import caches_of, feeding_of
 from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from lyra_emergence.loading import LoadedModel
     from lyra_emergence.runtime.prompt_cache import PromptCache
@@ -60,6 +54,7 @@ class Stepper:
         kept: What an earlier answer of the same conversation left, and where this one leaves what it has.
 
     Attributes:
+        cached: What was computed so far.
         reused: Tokens of the prompt that `kept` held.
         recoveries: The times that memory ran out, in order.
         warnings: What main memory being short may come to, a line each.
@@ -79,20 +74,19 @@ class Stepper:
         self._loaded = loaded
         self._batch = batch
         self._most_tokens = min(most_tokens or loaded.context_length, loaded.context_length)
-        self._caches: dict[str, Any] = {}
         self._seen: list[int] = []
-        self._held = 0
         feeding = feeding_of(loaded.model, PREFILL_CHUNK)
         self._last_only = feeding.arguments
         self._divides = feeding.chunk is not None
+        config, context = loaded.model.config, loaded.context_length
+        self.cached = HeldCaches(config, context, self._most_tokens, batch, known=self._divides)
         self._chunk = feeding.chunk or loaded.context_length
         self._failures = 0
-        self._offloaded: dict[str, frozenset[int]] = {}
         self._headroom = Headroom(loaded.residency, batch, loaded.context_length)
         self._kept = kept
         with loaded.step_lock:
             loaded.residency.give_up_kept(kept)
-            loaded.residency.add(self)
+            loaded.residency.add(self.cached)
             if kept is not None:
                 loaded.residency.add(kept)
 
@@ -150,8 +144,8 @@ class Stepper:
         """
         if self._kept is not None and not self._seen:
             with self._loaded.step_lock:
-                self._caches, self._held = self._kept.take(ids)
-                self.reused = self._held
+                self.cached.caches, self.cached.held = self._kept.take(ids)
+                self.reused = self.cached.held
         return self._advance(ids)
 
     def step(self, token: int) -> torch.Tensor:
@@ -166,9 +160,10 @@ class Stepper:
         """Drop the caches and return their memory, or leave them to the next answer of the conversation."""
         with self._loaded.step_lock:
             # A step that was broken off left more in some layers than in others.
-            if self._kept is not None and self._caches and not self._offloaded and cut_back(self._caches, self._held):
-                self._kept.keep(self._seen[: self._held], self._caches)
-            self._drop()
+            held = self.cached
+            if self._kept is not None and held.caches and not held.offloaded and held.cut_back():
+                self._kept.keep(self._seen[: held.held], held.caches)
+            held.drop()
             self._loaded.residency.end_step()
         return_freed_memory()
 
@@ -209,11 +204,11 @@ class Stepper:
     def _catch_up(self) -> torch.Tensor:
         """Run the tokens that the caches do not hold yet."""
         logits: torch.Tensor | None = None
-        long = len(self._seen) - self._held > 1
+        long = len(self._seen) - self.cached.held > 1
         if long:
             return_freed_memory()
         with keeping_scratch():
-            while self._held < len(self._seen):
+            while self.cached.held < len(self._seen):
                 logits = self._run()
         if long:
             keep_freed_memory()
@@ -227,33 +222,37 @@ class Stepper:
                 self._loaded.tell(LoadEvent("note", "no more threads can be started: one computes"))
             self._climb_now_and_then()
             # Without caches (a model that returns none) everything so far runs again.
-            end = min(len(self._seen), self._held + self._chunk)
-            tokens = self._seen[self._held if self._caches else 0 : end]
+            held = self.cached
+            end = min(len(self._seen), held.held + self._chunk)
+            tokens = self._seen[held.held if held.caches else 0 : end]
             self._headroom.look(len(tokens), end - len(tokens))
-            caches = self._caches or self._fresh_caches()
             inputs = torch.tensor([tokens] * self._batch, device=self._loaded.entry_device)  # (batch, tokens)
             stream = self._loaded.residency.stream
-            with one_thread(wanted=stream is not None and stream.is_slower(len(tokens))):
+            wanted = stream is not None and stream.is_slower(len(tokens))
+            with one_thread(wanted=wanted), self._guests(len(tokens)) as caches:
                 output = self._loaded.model(input_ids=inputs, use_cache=True, **caches, **self._last_only)
             row: torch.Tensor = output.logits[:, -1].float()  # (batch, vocab)
-            if not self._held:
-                self._give_room(caches_of(output))
-            self._caches, self._held = caches_of(output), end
+            first = not held.held
+            held.caches, held.held = caches_of(output), end
+            if first:
+                held.give_room(self._loaded.residency.layers_on(CPU))
             return row
 
-    def _give_room(self, caches: dict[str, Any]) -> None:
-        """Let caches on the CPU grow in place, where main memory has the room at once; else they grow by copies."""
+    @contextlib.contextmanager
+    def _guests(self, tokens: int) -> Iterator[dict[str, Any]]:
+        """Let blocks of main memory run on accelerators, where so many tokens are worth it; yield the pass's caches."""
+        guests = self._loaded.residency.guests(tokens * self._batch) if self.cached.movable else ()
+        caches = self.cached.to_begin_with(made_ahead=bool(guests))
+        if not can_move(caches):
+            guests = ()
         try:
-            give_room(caches, self._loaded.residency.layers_on(CPU), self._most_tokens)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-
-    def _fresh_caches(self) -> dict[str, Any]:
-        """Return caches to begin with; {} where the model makes its own."""
-        if not self._offloaded:
-            return {}
-        return offloading_caches(self._loaded.model.config, frozenset().union(*self._offloaded.values()))
+            with contextlib.ExitStack() as stack:
+                for some in guests:
+                    stack.enter_context(some.running(caches))
+                yield caches
+        finally:
+            if not all(some.caches_are_home for some in guests):
+                self.cached.drop()
 
     def _climb_now_and_then(self) -> None:
         back = self._loaded.residency.rest_then_climb()
@@ -274,8 +273,8 @@ class Stepper:
         with self._loaded.step_lock:
             residency = self._loaded.residency
             device = failing_device(failure, residency.accelerators)
-            if not cut_back(self._caches, self._held):
-                self._drop()
+            if not self.cached.cut_back():
+                self.cached.drop()
             give_back()
             return_freed_memory()
             if lost_onednn(failure):
@@ -293,7 +292,7 @@ class Stepper:
         """Take the next remedy; return it in words, with the blocks that it moved, or "" where none is left."""
         if self._failures == 1:
             return "cached memory was given back", ()
-        waiting = min(self._chunk, len(self._seen) - self._held)
+        waiting = min(self._chunk, len(self._seen) - self.cached.held)
         if self._divides and waiting > _SHORTEST_CHUNK:
             self._chunk = max(_SHORTEST_CHUNK, waiting // _CHUNK_STEP)
             return f"the prompt goes on in chunks of {self._chunk} tokens", ()
@@ -334,66 +333,6 @@ class Stepper:
             hint="close what else uses the memory, shorten the context (--context, 'context_length'), or place fewer "
             "layers there ('max_memory')",
         )
-
-    def _drop(self) -> None:
-        self._caches, self._held = {}, 0
-
-    # What `Residency` asks of those whose caches go along.
-
-    def move_cache(self, layer: int, device: str) -> None:
-        """Move a layer's part of the caches, or drop them where that cannot be done; the lock is held."""
-        moved = False
-        try:
-            moved = move_layer(self._caches, layer, device)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        if not moved:
-            self._drop()
-
-    def cached_bytes(self, device: str) -> int:
-        """Return the bytes of the caches on a device."""
-        return held_bytes(self._caches, device)
-
-    def share_to_come(self, device: str) -> float:
-        """Return the tokens that the caches on a device may still take in, as a share of the context."""
-        if device in self._offloaded:
-            return 0.0
-        return self._to_come()
-
-    def share_offloaded(self, device: str) -> float:
-        """As `share_to_come`, of caches that main memory keeps for that device."""
-        return self._to_come() if device in self._offloaded else 0.0
-
-    def _to_come(self) -> float:
-        return max(0, self._most_tokens - self._held) * self._batch / self._loaded.context_length
-
-    def offload_cache(self, device: str, layers: Collection[int]) -> bool:
-        """Keep the caches of `layers`, which compute on `device`, in main memory; the lock is held.
-
-        Returns:
-            Whether that was not so before, and can be done for these caches.
-
-        Raises:
-            RuntimeError: Main memory ran out.
-        """
-        if device in self._offloaded or not layers or not self._divides:
-            return False
-        if self._caches and not offload(self._caches, layers):
-            return False
-        self._offloaded[device] = frozenset(layers)
-        return True
-
-    def onload_cache(self, device: str, layers: Collection[int]) -> None:
-        """Take them back to the device; where that has no room after all, they are made anew. The lock is held."""
-        if self._offloaded.pop(device, None) is None:
-            return
-        try:
-            onload(self._caches, layers)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            self._drop()
 
 
 def _reason(failure: BaseException) -> str:

@@ -88,12 +88,15 @@ class DeviceRates:
     Attributes:
         dtypes: By torch's name of the dtype; a dtype that the device cannot do is left out.
         copy: Bytes/s from pageable main memory to the device; None for the CPU.
+        staged: Bytes/s from main memory to the device through pinned pieces (`runtime/staging.py`); None for the CPU,
+            and where it was not measured.
         crossing: Seconds that a small tensor takes to the device or back; None for the CPU.
     """
 
     dtypes: Mapping[str, DtypeRates]
     copy: Band | None = None
     crossing: Band | None = None
+    staged: Band | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +143,8 @@ def _device(held: Any) -> DeviceRates:
         str(name): DtypeRates(**{key: _rate(key, band) for key, band in rates.items()})  # type: ignore[arg-type]
         for name, rates in held["dtypes"].items()
     }
-    return DeviceRates(dtypes, _band_or_none(held["copy"]), _band_or_none(held["crossing"]))
+    copy, crossing, staged = (_band_or_none(held.get(name)) for name in ("copy", "crossing", "staged"))
+    return DeviceRates(dtypes, copy, crossing, staged)
 
 
 def _rate(name: str, held: Any) -> Band | None:

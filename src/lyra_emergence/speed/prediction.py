@@ -5,7 +5,8 @@ it, and pays for each layer's Python and small operators. On the CPU these times
 Python prepares what comes next, so the longer of the two counts, and at the worst both. The same goes for blocks that
 are streamed: they are read while others run.
 
-Prefill is the products of a chunk of tokens with the weights. Below float32 on the CPU, each product with an expert's
+Prefill is the products of a chunk of tokens with the weights. Guests, which an accelerator runs for a long chunk, count
+there, and their copies overlap with what it computes. Below float32 on the CPU, each product with an expert's
 weights has a number of rows of its own, and pays for the kernel that oneDNN compiles for it.
 
 The bands hold what the probe's runs differed by, and on top a model error for each part (the constants below), which
@@ -16,11 +17,12 @@ of very long prompts, and weights that fit the CPU's caches, which are faster th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lyra_emergence.footprint import PREFILL_CHUNK
+from lyra_emergence.guests import HOSTS, least_tokens
 from lyra_emergence.placement import CPU, DISK
 from lyra_emergence.speed.machine_rates import SHARED_HEADS, Band
 from lyra_emergence.units import format_bytes
@@ -52,6 +54,8 @@ _FILE_ERROR: _Error = (1.25, 3.0)
 """On reading from a map page by page instead of in pieces, while the kernel drops what comes next."""
 _STREAM_ERROR: _Error = (1.5, 2.0)
 """On reading ahead in order: disks that others use too are now faster, now slower than they were probed."""
+_COPY_ERROR: _Error = (1.25, 1.5)
+"""On copying guests' weights to an accelerator, whose pages come from the checkpoint's map."""
 _CACHE_ERROR: _Error = (1.6, 1.6)
 _LAYER_ERROR: _Error = (1.5, 1.8)
 """On small operators: the probe's model is narrow, and other families have more or fewer of them."""
@@ -136,21 +140,52 @@ def predict(
         The speed, or None where a device or the dtype was not measured.
     """
     works = _works(footprint, placements, active_share or {})
-    is_low = _ITEM_BYTES[footprint.dtype] < _ITEM_BYTES["float32"]
-    devices = [
-        _Device(name, work, found, rates.file_read, footprint.quantization, heads_per_key, footprint.fused, is_low)
-        for name, work in works.items()
-        if (found := _measured(rates, name, footprint.dtype)) is not None
-        and (rates.file_read or not work.streamed + work.paged)
-    ]
+    devices = _devices(footprint, works, rates, heads_per_key)
     route = [_computes_on(placement) for placement in placements if placement.kind != "other"]
     if not devices or len(devices) < len(works):
         return None
     between = _crossings(route, rates)
     decode = _total([*(device.decode() for device in devices), devices[0].rates.token.widened(*_LAYER_ERROR), between])
     tokens = min(PREFILL_CHUNK, max(1, footprint.context_length // 2)) * footprint.batch
-    prefill = _total([*(device.prefill(tokens) for device in devices), between])
+    prefill = _total([_prefill(footprint, placements, rates, active_share or {}, tokens), between])
     return Speed(decode.under(footprint.batch), prefill.under(tokens), _rests_on(devices, footprint))
+
+
+def _devices(
+    footprint: Footprint, works: Mapping[str, _Work], rates: MachineRates, heads_per_key: float | None
+) -> list[_Device]:
+    """Return the devices of which all is known that their works take."""
+    is_low = _ITEM_BYTES[footprint.dtype] < _ITEM_BYTES["float32"]
+    return [
+        _Device(name, work, found, rates.file_read, footprint.quantization, heads_per_key, footprint.fused, is_low)
+        for name, work in works.items()
+        if (found := _measured(rates, name, footprint.dtype)) is not None
+        and (rates.file_read or not work.streamed + work.paged)
+    ]
+
+
+def _prefill(
+    footprint: Footprint,
+    placements: Sequence[Placement],
+    rates: MachineRates,
+    active_share: Mapping[str, float],
+    tokens: int,
+) -> Band:
+    """Return the seconds of a chunk of `tokens`, for which guests run on accelerators where it is long enough."""
+    guests = [p for p in placements if p.through and tokens >= least_tokens(placements, footprint, rates)]
+    ran = [replace(p, device=p.through, streamed=False) if p in guests else p for p in placements]
+    times = []
+    for device in _devices(footprint, _works(footprint, ran, active_share), rates, None):
+        sizes = [p.weights for p in guests if p.through == device.name]
+        here = rates.of(device.name)
+        copy = (here.staged or here.copy) if here is not None else None
+        copied = copy.under(sum(sizes) + HOSTS * max(sizes)).widened(*_COPY_ERROR) if copy and sizes else Band(0, 0, 0)
+        # Guests on disk are read there in the same time.
+        read = sum(p.weights for p in guests if p.through == device.name and p.streamed)
+        if read and rates.file_read:
+            copied = copied.beside(rates.file_read.under(read).widened(*_STREAM_ERROR))
+        times.append(device.prefill(tokens).beside(copied))
+    return _total(times)
 
 
 def _computes_on(placement: Placement) -> str:

@@ -60,6 +60,8 @@ _FEWEST_ROWS, _MOST_ROWS = 17, 400
 _LEAST_SHARE = 0.1
 """Share of a tiny model's token that a layer, or what is beside the layers, costs at least."""
 _PIECE = 4 * 2**20
+_STAGED_BYTES = 32 * 2**20
+"""Bytes of a small layer: several pieces, so that reading one and sending another overlap."""
 
 
 def measure_rates(machine: Machine | None = None, *, file: Path | None = None) -> MachineRates:
@@ -254,11 +256,25 @@ class _Transfers:
         small = torch.ones(1, 1, _WIDTH)  # (batch, tokens, width)
         self._copy = Series(device, lambda: held.to(device))
         self._there_and_back = Series(device, lambda: small.to(device).to("cpu"))
-        self.series = (self._copy, self._there_and_back)
+        self._staged = Series(device, _staged(device))
+        self.series = (self._copy, self._there_and_back, self._staged)
 
-    def rates(self) -> tuple[Band, Band]:
-        """Return bytes/s to the device, and the seconds that a hidden state takes there or back."""
-        return self._copy.band().under(_PIECE), self._there_and_back.band().times(0.5)
+    def rates(self) -> tuple[Band, Band, Band]:
+        """Return bytes/s to the device, the seconds that a hidden state takes there or back, and staged bytes/s."""
+        there = self._there_and_back.band().times(0.5)
+        return self._copy.band().under(_PIECE), there, self._staged.band().under(_STAGED_BYTES)
+
+
+def _staged(device: torch.device) -> Callable[[], object]:
+    """Return a function that copies as guests' weights are copied."""
+    import torch
+
+    from lyra_emergence.runtime.staging import Staging
+
+    staging = Staging(device, _STAGED_BYTES)
+    source = torch.ones(_STAGED_BYTES, dtype=torch.uint8)
+    target = source.to(device)
+    return lambda: staging.copy([(source, target)])
 
 
 def _product(
