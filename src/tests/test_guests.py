@@ -171,7 +171,7 @@ def test_guests_on_disk_are_read_ahead_first(checkpoints: Checkpoints, sim: Simu
 def test_a_prompt_of_several_chunks_and_a_next_turn(checkpoints: Checkpoints, sim: SimulatedAccelerator) -> None:
     directory = checkpoints("mistral")  # with a window that slides
     loaded = load(split(), directory=directory)
-    loaded.residency._least_tokens = 16
+    loaded.residency.least_tokens = 16
     seen = where_blocks_run(loaded)
     with closing(Stepper(loaded)) as stepper:
         stepper._chunk = 40

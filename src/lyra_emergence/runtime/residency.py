@@ -79,7 +79,7 @@ class Residency:
         self._offloaded: set[str] = set()
         self._wait, self._steps, self._climbed = _FIRST_WAIT, 0, False
         self._guests: tuple[Guests, ...] | None = None  # as the blocks are; None where that was not asked yet
-        self._least_tokens = least_tokens
+        self.least_tokens = least_tokens
         self.stream: Stream | None = None  # feeds the blocks that are streamed; closed with them
         self._connect()
 
@@ -360,7 +360,7 @@ class Residency:
 
     def guests(self, tokens: int) -> tuple[Guests, ...]:
         """Return the guests of a pass of `tokens` tokens, all sequences together; () where it is too short for them."""
-        if tokens < self._least_tokens:
+        if tokens < self.least_tokens:
             return ()
         if self._guests is None:
             self._guests = find_guests(tuple(self._blocks.values()), self._placements, self._layers)
