@@ -40,7 +40,10 @@ PLACES: dict[str, dict[str, Any]] = {
     "full": {},
     "split": {"device_map": {"": "cpu", "{embedding}": 0, "{layers}.0": 0, "{layers}.1": 0}},
     "two": {"device_map": {"": 1, "{embedding}": 0, "{layers}.0": 0, "{layers}.1": 0}},
+    "guests": {"device_map": {"": "cpu", "{layers}.0": 0, "{layers}.1": 0}},
 }
+"""`guests` gets a prompt so long that layers of main memory run on the accelerator."""
+_LONG = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,20 +193,21 @@ def run(directory: Path, case: Case) -> tuple[str, int]:
     """Load and answer with an allocation refused; return how it ended, and the allocations counted."""
     from lyra_emergence.config import ModelConfig
     from lyra_emergence.loading import load
-    from tests.running import greedy, reference
+    from tests.running import NEW_TOKENS, PROMPT, greedy, reference
 
     sim = _accelerator()
     settings = _settings(case.place, directory)
-    expected = reference(directory)
+    prompt = (PROMPT * _LONG)[-_LONG:] if case.place == "guests" else PROMPT
+    expected = reference(directory, NEW_TOKENS, prompt)
     sim.reset()
     sim.fail_at(case.nth, persistent=case.persistent)
     try:
         loaded = load(ModelConfig(**settings), directory=directory)
-        tokens = greedy(loaded)
+        tokens = greedy(loaded, prompt=prompt)
         met = sum(sim.injected(device) for device in range(sim.devices)) > 0
         count = sum(sim.allocations(device) for device in range(sim.devices))
         sim.fail_at(0)
-        again = greedy(loaded)
+        again = greedy(loaded, prompt=prompt)
         loaded.close()
         del loaded
     except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding

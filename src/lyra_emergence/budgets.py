@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lyra_emergence.errors import ConfigError
+from lyra_emergence.speed.cache import cached_rates
 from lyra_emergence.units import format_bytes, parse_bytes, parse_fraction
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Budget", "Request", "read_request"]
 
-_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+_IN_ORDER = "sequential"
+_AUTOMATIC = ("auto", "balanced", "balanced_low_0", _IN_ORDER)
+_OTHER_PACE = 1.25
+"""How much faster one accelerator reads than another for the two not to be of one kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class Request:
     """A configuration's wishes, resolved on this machine.
 
     Attributes:
-        accelerators: The accelerators that the plan may use, in order.
+        accelerators: The accelerators that the plan may use, in the order in which layers fill them.
         cpu: The budget of main memory.
         pinned: Device by block name, where a custom map says so.
         whole_on: The accelerator that must hold the whole model ("cuda"), or None.
@@ -89,8 +93,25 @@ def read_request(config: ModelConfig, machine: Machine, footprint: Footprint) ->
         else:
             accelerators = tuple(b for b in accelerators if b.device == device.name)
             whole_on = device.name
+    if wish != _IN_ORDER:
+        accelerators = fastest_first(accelerators, machine, footprint.dtype)
     notes = (*lacking.notes(), *cut)
     return Request(accelerators, cpu, pinned, whole_on, notes, guests=config.prompt_streaming)
+
+
+def fastest_first(accelerators: tuple[Budget, ...], machine: Machine, dtype: str) -> tuple[Budget, ...]:
+    """Return accelerators in the order in which layers fill them: the fastest first, where they are of several paces.
+
+    A token reads the weights of all of them, one after the other. So what does not fill every accelerator is best left
+    to those that read fastest. Where the machine was not measured, and between equals, they stay in their own order.
+    """
+    known = cached_rates(machine) if len(accelerators) > 1 else None
+    found = [known.of(budget.device) if known is not None else None for budget in accelerators]
+    paces = [rates.dtypes[dtype].read.likely for rates in found if rates is not None and dtype in rates.dtypes]
+    if len(paces) < len(accelerators) or not paces or max(paces) < _OTHER_PACE * min(paces):
+        return accelerators
+    order = sorted(range(len(paces)), key=lambda at: -paces[at])
+    return tuple(accelerators[at] for at in order)
 
 
 class _Lacking:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from lyra_emergence.budgets import Budget, Request, read_request
+from lyra_emergence.checkpoint import read_checkpoint
 from lyra_emergence.config import ModelConfig
 from lyra_emergence.errors import ConfigError
 from lyra_emergence.footprint import BlockFootprint, Footprint
 from lyra_emergence.machine import Device, Machine
+from lyra_emergence.plan import make_plan
+from lyra_emergence.speed import Band, DeviceRates, DtypeRates, MachineRates, fingerprint
+from lyra_emergence.speed.cache import keep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 GB = 10**9
 CPU = Device("cpu", "cpu", None, 32 * GB, 20 * GB, 0, "CPU")
@@ -166,3 +174,28 @@ def test_a_tied_head_on_disk_needs_its_weight_in_stored_form() -> None:
     with pytest.raises(ConfigError) as caught:
         read(what=what, device_map={"lm_head": "disk"})
     assert caught.value.problems == ("in 'device_map': lm_head is converted or quantized; write 'cpu'",)
+
+
+def test_accelerators_of_several_paces_are_filled_fastest_first(checkpoints: Callable[[str], Path]) -> None:
+    index = read_checkpoint(checkpoints("llama"))
+    gpus = tuple(Device(f"cuda:{at}", "cuda", at, 8 * GB, 8 * GB, 0, f"card {at}") for at in range(3))
+    found = Machine(gpus, Device("cpu", "cpu", None, 64 * GB, 64 * GB, 0, ""))
+
+    def order(*paces: float, **settings: Any) -> list[str]:
+        measured = {gpu.name: _reading(pace) for gpu, pace in zip(gpus, paces, strict=True)}
+        keep(MachineRates(fingerprint(found), _reading(1e10), measured, None))
+        plan = make_plan(ModelConfig(**settings), index, found)
+        return [budget.device for budget in plan.request.accelerators]
+
+    assert order(1e12, 2e12, 3e12) == ["cuda:2", "cuda:1", "cuda:0"]
+    assert order(1e12, 2e12, 1e12) == ["cuda:1", "cuda:0", "cuda:2"]
+    assert order(1e12, 1.1e12, 1.2e12) == ["cuda:0", "cuda:1", "cuda:2"]
+    assert order(1e12, 2e12, 3e12, device_map="sequential") == ["cuda:0", "cuda:1", "cuda:2"]
+    # What fits one card is on the fastest.
+    order(1e12, 2e12, 3e12)
+    assert {p.device for p in make_plan(ModelConfig(), index, found).placements} == {"cuda:2"}
+
+
+def _reading(pace: float) -> DeviceRates:
+    exact = Band(pace, pace, pace)
+    return DeviceRates({"float32": DtypeRates(exact, exact, exact, exact, exact, exact, exact)}, exact, exact)
