@@ -18,8 +18,10 @@ from lyra_emergence.loading import load
 from lyra_emergence.machine import probe_machine
 from lyra_emergence.plan import make_plan
 
-from .families import FAMILIES
+from .families import FAMILIES, LAYERS, build_checkpoint
 from .running import greedy, reference
+from .test_guests import LONG, answer, expected, split, where_blocks_run
+from .test_streaming import prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -77,4 +79,31 @@ def test_quantized_blocks_on_the_gpu_and_on_the_cpu(bits: str, checkpoints: Chec
     planned = sum(p.weights for p in loaded.plan.placements if p.device == "cuda:0")
     assert planned <= torch.cuda.memory_allocated() < planned + 2**20
     assert len(greedy(loaded)) > 0
+    loaded.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_long_prompt_runs_layers_of_main_memory_on_the_gpu(family: str, checkpoints: Checkpoints) -> None:
+    directory = checkpoints(family)
+    loaded = load(split(family), directory=directory)
+    before = {name: parameter.detach().cpu() for name, parameter in loaded.model.named_parameters()}
+    at_rest = torch.cuda.memory_allocated()
+    loaded.residency.least_tokens = len(LONG)
+    seen = where_blocks_run(loaded)
+    for _ in range(3):  # copies race with what computes, if they do
+        assert answer(loaded) == expected(directory)
+    assert seen[f"{prefix(family)}.{LAYERS - 1}"][0] == "cuda:0"
+    assert all(torch.equal(before[name], parameter.cpu()) for name, parameter in loaded.model.named_parameters())
+    assert torch.cuda.memory_allocated() == at_rest
+    loaded.close()
+
+
+def test_guests_wait_for_their_copies_and_hosts_for_their_guests(tmp_path: Path) -> None:
+    # Layers large enough that copying one and computing one take milliseconds each.
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    directory = build_checkpoint("llama", tmp_path / "wide", torch.float32, sizes=sizes)
+    loaded = load(split(), directory=directory)
+    loaded.residency.least_tokens = len(LONG)
+    for _ in range(5):
+        assert answer(loaded) == expected(directory)
     loaded.close()
