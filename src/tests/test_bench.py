@@ -10,6 +10,7 @@ import pytest
 from lyra_emergence.bench import Spread, bench, decode_limit
 from lyra_emergence.checkpoint import read_checkpoint
 from lyra_emergence.cli import main
+from lyra_emergence.cli.bench import _limit_line
 from lyra_emergence.config import ModelConfig
 from lyra_emergence.machine import probe_machine
 from lyra_emergence.plan import make_plan
@@ -57,6 +58,11 @@ def test_what_is_measured_is_what_ran(checkpoints: Checkpoints, sim: SimulatedAc
 
 def test_a_spread() -> None:
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+
+
+def test_a_limit_that_was_passed_is_no_limit() -> None:
+    assert _limit_line(20.0, 0.85) == "reading the weights alone allows 20.0 tokens/s here: 85% of that was reached"
+    assert "lyra.py plan --measure measures anew" in _limit_line(1.6, 7.8)
 
 
 def test_the_command(checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
