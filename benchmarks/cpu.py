@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from benchmarks.checkpoints import SHAPES, checkpoint_of
-from benchmarks.engines import asked
+from benchmarks.engines import asked, prompt_of, spread, timed
 from benchmarks.gguf_files import write_gguf
 
 if TYPE_CHECKING:
@@ -106,10 +106,6 @@ def _started(engine: str, directory: Path) -> Callable[[int], dict[str, float]]:
     return _lyra(LYRA[engine], directory) if engine in LYRA else _transformers(engine, directory)
 
 
-def _prompt(tokens: int) -> list[int]:
-    return [(7 * at + 11) % 900 for at in range(tokens)]
-
-
 def _lyra(settings: dict[str, Any], directory: Path) -> Callable[[int], dict[str, float]]:
     from contextlib import closing
 
@@ -121,7 +117,7 @@ def _lyra(settings: dict[str, Any], directory: Path) -> Callable[[int], dict[str
 
     def run(tokens: int) -> dict[str, float]:
         with closing(Stepper(loaded, most_tokens=tokens + NEW_TOKENS)) as stepper:
-            return _timed(lambda: stepper.prefill(_prompt(tokens)), stepper.step)
+            return timed(lambda: stepper.prefill(prompt_of(tokens)), stepper.step, NEW_TOKENS)
 
     return run
 
@@ -148,19 +144,9 @@ def _transformers(engine: str, directory: Path) -> Callable[[int], dict[str, flo
             held["past_key_values"] = output.past_key_values
             return output.logits[:, -1].float()
 
-        return _timed(lambda: step(_prompt(tokens)), lambda token: step([token]))
+        return timed(lambda: step(prompt_of(tokens)), lambda token: step([token]), NEW_TOKENS)
 
     return run
-
-
-def _timed(prefill: Callable[[], Any], step: Callable[[int], Any]) -> dict[str, float]:
-    """Return the seconds of the prompt, and of each token after it."""
-    clock = time.perf_counter()
-    token = int(prefill().argmax(-1))
-    first = time.perf_counter()
-    for _ in range(NEW_TOKENS - 1):
-        token = int(step(token).argmax(-1))
-    return {"prompt": first - clock, "token": (time.perf_counter() - first) / (NEW_TOKENS - 1)}
 
 
 def _has_llama_cpp() -> bool:
@@ -180,7 +166,7 @@ def _llama_cpp(engine: str, shape: str, directory: Path) -> Callable[[int], dict
     def run(tokens: int) -> dict[str, float]:
         model.reset()
         clock = time.perf_counter()
-        model.eval(_prompt(tokens))
+        model.eval(prompt_of(tokens))
         token = model.sample(temp=0.0)
         first = time.perf_counter()
         for _ in range(NEW_TOKENS - 1):
@@ -199,7 +185,7 @@ def table(rows: dict[str, dict[str, list[float]]]) -> Iterator[str]:
     for engine, figures in rows.items():
         cells = [f"{figures['load'][0]:.2f}"]
         for prompt in PROMPTS:
-            cells += [_spread(figures[f"prompt {prompt}"]), _spread([1 / s for s in figures[f"token {prompt}"]])]
+            cells += [spread(figures[f"prompt {prompt}"]), spread([1 / s for s in figures[f"token {prompt}"]])]
         ratios = [_ratio(engine, peer, rows) for peer in PEERS.get(engine, ()) if peer in rows]
         yield f"| {engine} | {' | '.join(cells)} | {'; '.join(ratios)} |"
 
@@ -213,10 +199,6 @@ def _ratio(engine: str, peer: str, rows: dict[str, dict[str, list[float]]]) -> s
     decode = ", ".join(f"{faster(f'token {prompt}'):.2f}" for prompt in PROMPTS)
     prefill = ", ".join(f"{faster(f'prompt {prompt}'):.2f}" for prompt in PROMPTS)
     return f"{peer}: {decode}; {prefill}"
-
-
-def _spread(figures: list[float]) -> str:
-    return f"{statistics.median(figures):.2f} ({min(figures):.2f}-{max(figures):.2f})"
 
 
 if __name__ == "__main__":

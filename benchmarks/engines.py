@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["asked"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["asked", "prompt_of", "spread", "timed"]
 
 
 def asked(process: Any, line: str) -> dict[str, Any]:
@@ -20,3 +25,23 @@ def asked(process: Any, line: str) -> dict[str, Any]:
         if answer.startswith("{"):
             return dict(json.loads(answer))
     raise SystemExit(f"an engine ended: {process.args}")
+
+
+def prompt_of(tokens: int) -> list[int]:
+    """Return a prompt of so many tokens."""
+    return [(7 * at + 11) % 900 for at in range(tokens)]
+
+
+def timed(prefill: Callable[[], Any], step: Callable[[int], Any], new_tokens: int) -> dict[str, float]:
+    """Return the seconds of a prompt, and of each token after the first; a token that is known has been computed."""
+    clock = time.perf_counter()
+    token = int(prefill().argmax(-1))
+    first = time.perf_counter()
+    for _ in range(new_tokens - 1):
+        token = int(step(token).argmax(-1))
+    return {"prompt": first - clock, "token": (time.perf_counter() - first) / (new_tokens - 1)}
+
+
+def spread(figures: list[float]) -> str:
+    """Return the median with least and most."""
+    return f"{statistics.median(figures):.2f} ({min(figures):.2f}-{max(figures):.2f})"

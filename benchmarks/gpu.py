@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.checkpoints import LARGE, large_checkpoint_of
-from benchmarks.engines import asked
+from benchmarks.engines import asked, prompt_of, spread, timed
 from lyra_emergence.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def _lyra(engine: str, case: Case, directory: Path) -> tuple[Callable[[int], dic
 
     def run(tokens: int) -> dict[str, float]:
         with closing(Stepper(loaded, most_tokens=tokens + NEW_TOKENS)) as stepper:
-            return _timed(lambda: stepper.prefill(_prompt(tokens)), stepper.step)
+            return timed(lambda: stepper.prefill(prompt_of(tokens)), stepper.step, NEW_TOKENS)
 
     speed = predict(plan.footprint, plan.placements, known, heads_per_key=plan.footprint.heads_per_key)
     told: dict[str, Any] = {"load": seconds, "bound": decode_limit(plan, known) or 0}
@@ -258,23 +258,9 @@ def _accelerate(case: Case, directory: Path, device: str) -> tuple[Callable[[int
             held["past_key_values"] = output.past_key_values
             return output.logits[:, -1].float()
 
-        return _timed(lambda: step(_prompt(tokens)), lambda token: step([token]))
+        return timed(lambda: step(prompt_of(tokens)), lambda token: step([token]), NEW_TOKENS)
 
     return run, {"load": seconds}
-
-
-def _prompt(tokens: int) -> list[int]:
-    return [(7 * at + 11) % 900 for at in range(tokens)]
-
-
-def _timed(prefill: Callable[[], Any], step: Callable[[int], Any]) -> dict[str, float]:
-    """Return the seconds of the prompt, and of each token after it; a token that is known has been computed."""
-    clock = time.perf_counter()
-    token = int(prefill().argmax(-1))
-    first = time.perf_counter()
-    for _ in range(NEW_TOKENS - 1):
-        token = int(step(token).argmax(-1))
-    return {"prompt": first - clock, "token": (time.perf_counter() - first) / (NEW_TOKENS - 1)}
 
 
 def header(measured: dict[str, Any]) -> Iterator[str]:
@@ -293,7 +279,7 @@ def lines(case: Case, rows: dict[str, dict[str, list[float]]]) -> Iterator[str]:
     for engine, figures in rows.items():
         cells = [f"{case.shape}, {case.card}, {case.share:.0%}", engine, f"{figures['load'][0]:.2f}"]
         for prompt in PROMPTS:
-            cells += [_spread(figures[f"prompt {prompt}"]), _spread([1 / s for s in figures[f"token {prompt}"]])]
+            cells += [spread(figures[f"prompt {prompt}"]), spread([1 / s for s in figures[f"token {prompt}"]])]
         cells += [_beside(figures, rows[PEER]) if engine != PEER else "", _known(figures)]
         yield f"| {' | '.join(cells)} |"
 
@@ -316,10 +302,6 @@ def _known(figures: dict[str, list[float]]) -> str:
         told += f"; decode {decode / figures['predicted decode'][0]:.2f}"
         told += f", prompt {prefill / figures['predicted prefill'][0]:.2f}"
     return told
-
-
-def _spread(figures: list[float]) -> str:
-    return f"{statistics.median(figures):.2f} ({min(figures):.2f}-{max(figures):.2f})"
 
 
 if __name__ == "__main__":
