@@ -54,6 +54,8 @@ ALLOWED = {"private": (2 * 2**20, 8 * 2**10), "objects": (300, 0.05)}
 2 MiB is what a heap's fragments move by, and less than two of the smallest models here. 8 KiB is three times what
 safetensors 0.8 leaves behind: 60 bytes for each tensor read, about 2.4 kB a load. One lost KV cache would be more.
 """
+_LONGEST_END = 2.0
+"""Seconds that a thread which has ended its work may still be listed."""
 _FEWEST = 8
 """Cycles that a rule about halves can say something of."""
 _MOST_SAMPLES = 400
@@ -135,6 +137,7 @@ class Soak:
         self._directories = {name: families.build_checkpoint(name, folder / name) for name in names}
         self._broken = _cut_off(self._directories[names[0]], folder / "broken")
         self._expected: dict[tuple[str, str], Any] = {}
+        self._threads_before = sys.maxsize
 
     def run(self, seconds: float) -> list[Sample]:
         """Run cycles for that long, and `_FEWEST` at least; return the sample after each."""
@@ -233,6 +236,14 @@ class Soak:
         self.counts["allocations refused"] += met
         self._sim.reset()
 
+    def _threads(self) -> int:
+        """Count threads. Those that have ended may be listed for a while longer on a busy machine."""
+        end = time.perf_counter() + _LONGEST_END
+        while (count := _count_threads()) > self._threads_before and time.perf_counter() < end:
+            time.sleep(0.01)
+        self._threads_before = count
+        return count
+
     def _sample(self, kept: int) -> Sample:
         from lyra_emergence.runtime.memory import give_back, return_freed_memory
 
@@ -241,12 +252,16 @@ class Soak:
         return Sample(
             device=sum(self._sim.used(device) for device in range(self._sim.devices)),
             pinned=self._sim.pinned(),
-            threads=max(threading.active_count(), _entries("/proc/self/task")),
+            threads=self._threads(),
             handles=_entries("/proc/self/fd"),
             maps=sum(".safetensors" in line for line in Path("/proc/self/maps").read_text().splitlines()),
             private=_private_bytes(),
             objects=len(gc.get_objects()) - kept,
         )
+
+
+def _count_threads() -> int:
+    return max(threading.active_count(), _entries("/proc/self/task"))
 
 
 def _entries(folder: str) -> int:
