@@ -20,6 +20,7 @@ import torch
 
 from lyra_emergence.errors import is_out_of_memory
 from lyra_emergence.guests import HOSTS
+from lyra_emergence.runtime.compute_threads import settle_for_fewer_threads
 from lyra_emergence.runtime.kv_cache import move_layer
 from lyra_emergence.runtime.passing import Passing
 from lyra_emergence.runtime.staging import Staging
@@ -294,6 +295,7 @@ class _Pass:
 
     def _run(self) -> None:
         try:
+            settle_for_fewer_threads()
             with torch.inference_mode():
                 while (job := self._next_job()) is not None:
                     self._load(*job)

@@ -65,7 +65,7 @@ class Staging:
                 self._sent[at].synchronize()
             piece = self._pieces[at][: part.numel()]
             piece.copy_(part)
-            target[begin : begin + part.numel()].copy_(piece, non_blocking=True)
+            target[begin : begin + part.numel()].copy_(piece, non_blocking=self._stream is not None)
             self._sent[at] = self._mark()
 
     def _mark(self) -> Any:
