@@ -3,43 +3,39 @@
 A question that does not stand alone ("And when did she arrive?") is searched together with the one before it. What does
 not fit the model's context is left out in this order, and said in `Answer.notes`: earlier turns, oldest first; then the
 passages are cut to the parts that match; then there are fewer of them. The question itself is never cut: one that is
-too long is an error.
+too long is an error. A quarter of the context is kept free for the answer, or less where it may not be that long.
 
-A stream that is closed early, interrupted, or out of memory for good, keeps what came as a turn whose `finish_reason`
-is "interrupted". Any other error leaves the conversation as it was before the question.
+A stream that is closed early, interrupted, cut off by its server, or out of memory for good, keeps what came as a turn
+whose `finish_reason` is "interrupted". Any other error leaves the conversation as it was before the question.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
-from lyra_emergence.errors import DoesNotFitError, GenerationError
-from lyra_emergence.journal.search import asks_for_overview, best_part, terms
+from lyra_emergence.errors import DoesNotFitError, EndpointError, GenerationError
+from lyra_emergence.fitting import Fitting, Request
+from lyra_emergence.journal.search import asks_for_overview, terms
 from lyra_emergence.journal.text import flowing, plain, words
-from lyra_emergence.prompting import Excerpt, Exchange, PromptWriter
+from lyra_emergence.prompting import Exchange
+from lyra_emergence.speaker import LocalSpeaker
+from lyra_emergence.turns import CITATION, Answer, ChatChunk, Source, Turn, citations
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Generator, Iterable, Iterator
 
-    from lyra_emergence.generation import Chunk, GenerationOptions, GenerationStats
+    from lyra_emergence.chunks import GenerationOptions, GenerationStats
+    from lyra_emergence.conversations import ConversationLog
     from lyra_emergence.journal import Hit, JournalIndex
     from lyra_emergence.loading import LoadedModel
-
-    Stream = Callable[[LoadedModel, list[int], GenerationOptions], Iterator[Chunk]]
+    from lyra_emergence.speaker import Speaker, Stream, Writer
 
 __all__ = ["DEFAULT_PASSAGES", "Answer", "ChatChunk", "ChatSession", "Source", "Turn", "plain"]
 
 DEFAULT_PASSAGES = 4
 """Journal passages that a model is given with a question."""
 
-_PASSAGE_LIMITS = (400, 250, 150)
-"""Characters that passages are cut to, one after the other, where the context is short."""
-_LEAST_ANSWER = 32
-"""Tokens of an answer that are kept free even for the longest question."""
-_CITATION = re.compile(r"\s*\[(\d{1,3}(?:\s*[,;]\s*\d{1,3})*)\]")
 _REFERRING = frozenset(
     ["he", "her", "hers", "him", "his", "it", "its", "she", "that", "their", "them", "these", "they", "this"]
 )
@@ -48,125 +44,48 @@ _FEW_TERMS = 2
 _CONTINUING = frozenset(["and", "but", "so", "then", "why"])
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A journal passage that an answer could draw on.
-
-    Attributes:
-        number: What the answer cites it by, from 1.
-        entry_id: The entry's id.
-        date: The entry's day, such as "2025-03-02".
-        title: Its title or first words, safe to print.
-        passage: The passage that the model was given, safe to print.
-        cited: Whether the answer cites it.
-    """
-
-    number: int
-    entry_id: str
-    date: str
-    title: str
-    passage: str
-    cited: bool = False
-
-    def label(self) -> str:
-        """Return "[1] 2025-03-02 · Garden plans"."""
-        return f"[{self.number}] {self.heading()}"
-
-    def heading(self) -> str:
-        """Return "2025-03-02 · Garden plans"."""
-        return f"{self.date} · {self.title}"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An answer, whole or interrupted.
-
-    Attributes:
-        text: As the model wrote it; `plain` makes it safe to print.
-        sources: The passages that the model was given, by number.
-        unknown_citations: Numbers that it cites and that name no source.
-        finish_reason: "stop", "length" (the token limit was reached), "loop" (it only repeated itself) or
-            "interrupted".
-        stats: Tokens and seconds; None when interrupted.
-        notes: What was left out to fit the context and the like, a line each.
-    """
-
-    text: str
-    sources: tuple[Source, ...]
-    unknown_citations: tuple[int, ...]
-    finish_reason: str
-    stats: GenerationStats | None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def cited(self) -> tuple[Source, ...]:
-        """The sources that the answer cites."""
-        return tuple(source for source in self.sources if source.cited)
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A question and its answer."""
-
-    question: str
-    answer: Answer
-
-
-@dataclass(frozen=True, slots=True)
-class ChatChunk:
-    """A piece of an answer.
-
-    Attributes:
-        text: What is new; may be empty.
-        answer: The whole answer, on the last chunk only.
-    """
-
-    text: str
-    answer: Answer | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    question: str
-    prompt: list[int]
-    sources: tuple[Source, ...]
-    notes: tuple[str, ...]
-
-
 class ChatSession:
-    """A conversation with a loaded model, over a journal if there is one.
+    """A conversation with a model, over a journal if there is one.
 
     Not for several threads at once.
 
     Args:
-        loaded: The model.
+        model: A model loaded here, or any other speaker.
         journal: What answers draw on, or None for a conversation without.
         options: How to generate; `max_new_tokens` is cut to what the context has left.
         system: A system message.
         passages: Journal passages for each question, at most.
-        stream: What generates, called as `generation.stream_generate` is; that by default.
+        stream: What generates with a model loaded here, called as `generation.stream_generate` is; that by default.
+        log: Where questions and answers are kept as they come.
+        turns: An earlier part of the conversation.
+
+    Attributes:
+        options: How to generate.
+        passages: Journal passages for each question, at most.
     """
 
     def __init__(
         self,
-        loaded: LoadedModel,
+        model: LoadedModel | Speaker,
         journal: JournalIndex | None = None,
         *,
         options: GenerationOptions | None = None,
         system: str | None = None,
         passages: int = DEFAULT_PASSAGES,
         stream: Stream | None = None,
+        log: ConversationLog | None = None,
+        turns: Iterable[Turn] = (),
     ) -> None:
-        from lyra_emergence.generation import GenerationOptions, PromptCache, stream_generate
+        from lyra_emergence.chunks import GenerationOptions
 
-        self._loaded = loaded
+        self._speaker = _speaker(model, stream)
         self._journal = journal
-        self._options = options or GenerationOptions()
-        self._passages = passages
-        self._kept = PromptCache()
-        self._stream: Stream = stream or partial(stream_generate, kept=self._kept)
-        self._writer = PromptWriter(loaded.tokenizer, system)
-        self._turns: list[Turn] = []
+        self.options = options or GenerationOptions()
+        self.passages = passages
+        self._system = system
+        self._writer: Writer = self._speaker.writer(system)
+        self._log = log
+        self._turns = list(turns)
         self._open: Generator[ChatChunk, None, None] | None = None
 
     @property
@@ -179,6 +98,34 @@ class ChatSession:
         """The last answer."""
         return self._turns[-1].answer if self._turns else None
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self._speaker.context_length
+
+    @property
+    def waits_on_others(self) -> bool:
+        """Whether answers come from elsewhere, so that Ctrl-C should end a wait at once."""
+        return self._speaker.waits_on_others
+
+    @property
+    def log(self) -> ConversationLog | None:
+        """Where the conversation is kept."""
+        return self._log
+
+    @property
+    def system(self) -> str | None:
+        """The system message, which holds from the next question on."""
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._close()
+        self._system = text
+        self._writer = self._speaker.writer(text)
+        if self._log is not None:
+            self._log.set_system(text)
+
     def ask(self, question: str) -> Generator[ChatChunk, None, None]:
         """Answer `question`, a chunk at a time.
 
@@ -186,66 +133,92 @@ class ChatSession:
 
         Raises:
             GenerationError: The question is empty, or too long for the model's context.
+            EndpointError: The server cannot be talked to.
+        """
+        return self._begin(question, None)
+
+    def again(self, options: GenerationOptions | None = None) -> Generator[ChatChunk, None, None]:
+        """Answer the last question once more; what comes takes the place of the last answer, nothing does not.
+
+        Args:
+            options: How to generate this once.
+
+        Raises:
+            GenerationError: There is no question yet.
         """
         self._close()
-        question = question.strip()
-        if not question:
-            raise GenerationError("the question is empty", hint="type a question")
-        self._open = self._answer(self._request(question))
-        return self._open
+        if not self._turns:
+            raise GenerationError("there is no question to answer again", hint="type a question")
+        return self._begin(self._turns[-1].question, options, replacing=True)
 
     def undo(self) -> Turn | None:
         """Take back the last turn and return it; None if there is none."""
         self._close()
-        return self._turns.pop() if self._turns else None
+        if not self._turns:
+            return None
+        if self._log is not None:
+            self._log.withdraw()
+        return self._turns.pop()
 
-    def clear(self) -> None:
-        """Forget the conversation."""
+    def clear(self, log: ConversationLog | None = None) -> None:
+        """Begin a new conversation, kept in `log`."""
+        self.resume((), log, self._system)
+
+    def resume(self, turns: Iterable[Turn], log: ConversationLog | None, system: str | None) -> None:
+        """Go on with another conversation."""
         self._close()
-        self._turns.clear()
-        self._kept.drop()
+        self._turns = list(turns)
+        self._log = None
+        self.system = system
+        self._log = log
+        self._speaker.forget()
+
+    def _begin(
+        self, question: str, options: GenerationOptions | None, *, replacing: bool = False
+    ) -> Generator[ChatChunk, None, None]:
+        self._close()
+        question = question.strip()
+        if not question:
+            raise GenerationError("the question is empty", hint="type a question")
+        at = len(self._turns) - replacing
+        self._open = self._answer(self._request(question, self._turns[:at]), options or self.options, at)
+        return self._open
 
     def _close(self) -> None:
         if self._open is not None:
             self._open.close()
             self._open = None
 
-    def _request(self, question: str) -> _Request:
-        sources, notes = self._search(question)
+    def _request(self, question: str, turns: list[Turn]) -> Request:
+        sources, notes = self._search(question, turns)
         # Without their citations: the numbers meant other passages.
-        said = ((turn.question, _CITATION.sub("", turn.answer.text).strip()) for turn in self._turns)
+        said = ((turn.question, CITATION.sub("", turn.answer.text).strip()) for turn in turns)
         earlier = tuple(Exchange(asked, answer) for asked, answer in said if answer)
-        return _Fitting(self._writer, question, self._loaded.context_length).fit(
-            sources, earlier, notes, self._options.max_new_tokens
+        return Fitting(self._writer, question, self.context_length).fit(
+            sources, earlier, notes, self.options.max_new_tokens
         )
 
-    def _search(self, question: str) -> tuple[tuple[Source, ...], tuple[str, ...]]:
+    def _search(self, question: str, turns: list[Turn]) -> tuple[tuple[Source, ...], tuple[str, ...]]:
         if self._journal is None:
             return (), ()
         if not self._journal.entries:
             return (), ("the journal holds no entries yet",)
         if asks_for_overview(question):
-            hits = self._journal.latest(self._passages)
+            hits = self._journal.latest(self.passages)
         else:
-            hits = self._journal.search(self._standalone(question), self._passages)
+            hits = self._journal.search(_standalone(question, turns), self.passages)
         return tuple(_source(number, hit) for number, hit in enumerate(hits, start=1)), ()
 
-    def _standalone(self, question: str) -> str:
-        """Return the question, with the one before it where it seems to refer back."""
-        said = words(question)
-        refers = said[:1] and (said[0] in _CONTINUING or not _REFERRING.isdisjoint(said))
-        if not (self._turns and refers and len(terms(question)) <= _FEW_TERMS):
-            return question
-        return f"{question}\n{self._turns[-1].question}"
-
-    def _answer(self, request: _Request) -> Generator[ChatChunk, None, None]:
-        room = self._loaded.context_length - len(request.prompt)
+    def _answer(self, request: Request, options: GenerationOptions, at: int) -> Generator[ChatChunk, None, None]:
+        room = self.context_length - len(request.prompt)
         options = replace(
-            self._options,
-            max_new_tokens=min(self._options.max_new_tokens, room),
-            stop=(*self._options.stop, *self._writer.stops),
+            options,
+            max_new_tokens=min(options.max_new_tokens, room),
+            stop=(*options.stop, *self._writer.stops),
         )
-        chunks: Any = self._stream(self._loaded, request.prompt, options)
+        if self._log is not None:
+            self._log.begin(request.question, request.sources, at)
+        chunks: Any = self._speaker.stream(request.prompt, options)
         text, last = "", None
         try:
             for chunk in chunks:
@@ -254,21 +227,27 @@ class ChatSession:
                 if chunk.finish_reason is not None:
                     last = chunk
                     break
+                if self._log is not None:
+                    self._log.progress(text)
                 if new:
                     yield ChatChunk(new)
-        except (GeneratorExit, KeyboardInterrupt, DoesNotFitError):
-            # What came stays, also where memory ran out for good.
+        except (GeneratorExit, KeyboardInterrupt, DoesNotFitError, EndpointError):
+            # What came stays, also where memory ran out for good or a server went away.
             if text.strip():
-                self._keep(request, text, "interrupted", None)
+                self._keep(request, text, "interrupted", None, at)
+            raise
+        except BaseException:
+            if self._log is not None:
+                self._log.abandon()
             raise
         finally:
             chunks.close()
-        answer = self._keep(request, text, (last and last.finish_reason) or "stop", last and last.stats)
+        answer = self._keep(request, text, (last and last.finish_reason) or "stop", last and last.stats, at)
         yield ChatChunk(new if last else "", answer)
 
-    def _keep(self, request: _Request, text: str, reason: str, stats: GenerationStats | None) -> Answer:
+    def _keep(self, request: Request, text: str, reason: str, stats: GenerationStats | None, at: int) -> Answer:
         text = text.rstrip()
-        cited = _citations(text)
+        cited = citations(text)
         numbers = {source.number for source in request.sources}
         answer = Answer(
             text=text,
@@ -278,8 +257,24 @@ class ChatSession:
             stats=stats,
             notes=(*request.notes, *_memory_notes(stats)),
         )
-        self._turns.append(Turn(request.question, answer))
+        turn = Turn(request.question, answer)
+        self._turns[at:] = [turn]
+        if self._log is not None:
+            self._log.finish(turn)
         return answer
+
+
+def _speaker(model: LoadedModel | Speaker, stream: Stream | None) -> Speaker:
+    return cast("Speaker", model) if hasattr(model, "waits_on_others") else LocalSpeaker(model, stream)
+
+
+def _standalone(question: str, turns: list[Turn]) -> str:
+    """Return the question, with the one before it where it seems to refer back."""
+    said = words(question)
+    refers = said[:1] and (said[0] in _CONTINUING or not _REFERRING.isdisjoint(said))
+    if not (turns and refers and len(terms(question)) <= _FEW_TERMS):
+        return question
+    return f"{question}\n{turns[-1].question}"
 
 
 def _memory_notes(stats: GenerationStats | None) -> Iterator[str]:
@@ -297,85 +292,3 @@ def _memory_notes(stats: GenerationStats | None) -> Iterator[str]:
 
 def _source(number: int, hit: Hit) -> Source:
     return Source(number, hit.entry.id, hit.entry.date, hit.entry.label, flowing(hit.passage))
-
-
-def _citations(text: str) -> tuple[int, ...]:
-    """Return the numbers that `text` cites, as in "[2]" and "[1, 3]", each once, in order of appearance."""
-    groups = (re.findall(r"\d+", match[1]) for match in _CITATION.finditer(text))
-    return tuple(dict.fromkeys(int(number) for group in groups for number in group))
-
-
-class _Fitting:
-    """Fits a prompt into a context of `context` tokens, keeping room for the answer."""
-
-    def __init__(self, writer: PromptWriter, question: str, context: int) -> None:
-        self._writer = writer
-        self._question = question
-        self._context = context
-
-    def fit(
-        self, sources: tuple[Source, ...], earlier: tuple[Exchange, ...], notes: tuple[str, ...], answer: int
-    ) -> _Request:
-        """Return the request with as much of the sources and the earlier turns as fits.
-
-        Args:
-            sources: What the search found, best first.
-            earlier: The turns before, oldest first.
-            notes: What to say beside what is left out here.
-            answer: Tokens that the answer may have. A quarter of the context at most is kept free for them; what the
-                prompt leaves beside that is theirs too.
-        """
-        budget = self._context - min(answer, self._context // 4)
-        kept, prompt = self._most_turns(sources, earlier, budget)
-        if prompt is None:
-            sources, prompt, said = self._fewer_passages(sources, budget)
-            notes = (*notes, *said)
-        if kept < len(earlier):
-            left = len(earlier) - kept
-            notes = (*notes, f"{left} earlier turn{'s'[: left > 1]} left out: the context has {self._context} tokens")
-        return _Request(self._question, prompt, sources, notes)
-
-    def _most_turns(
-        self, sources: tuple[Source, ...], earlier: tuple[Exchange, ...], budget: int
-    ) -> tuple[int, list[int] | None]:
-        """Return how many of the latest turns fit, by bisection, with the prompt; (0, None) if not even none do."""
-        prompt = self._write(sources, earlier)
-        if len(prompt) <= budget:
-            return len(earlier), prompt
-        best: tuple[int, list[int] | None] = (0, None)
-        low, high = 0, len(earlier) - 1
-        while low <= high:
-            middle = (low + high) // 2
-            prompt = self._write(sources, earlier[len(earlier) - middle :])
-            if len(prompt) <= budget:
-                best, low = (middle, prompt), middle + 1
-            else:
-                high = middle - 1
-        return best
-
-    def _fewer_passages(
-        self, sources: tuple[Source, ...], budget: int
-    ) -> tuple[tuple[Source, ...], list[int], tuple[str, ...]]:
-        for limit in _PASSAGE_LIMITS:
-            cut = tuple(replace(source, passage=best_part(source.passage, self._question, limit)) for source in sources)
-            prompt = self._write(cut)
-            if len(prompt) <= budget:
-                return cut, prompt, (f"passages cut to {limit} characters: the context has {self._context} tokens",)
-        for count in range(len(sources) - 1, 0, -1):
-            prompt = self._write(cut[:count])
-            if len(prompt) <= budget:
-                return cut[:count], prompt, (f"only {count} of {len(sources)} entries fit the context",)
-        return (), self._bare(), ("no journal entry fits the context beside the question",) if sources else ()
-
-    def _bare(self) -> list[int]:
-        prompt = self._write(())
-        if len(prompt) > self._context - min(_LEAST_ANSWER, self._context // 2):
-            raise GenerationError(
-                f"the question takes {len(prompt)} tokens, and the model's context has {self._context}",
-                hint="shorten it, or use a model with a longer context",
-            )
-        return prompt
-
-    def _write(self, sources: tuple[Source, ...], earlier: tuple[Exchange, ...] = ()) -> list[int]:
-        excerpts = tuple(Excerpt(source.number, source.heading(), source.passage) for source in sources)
-        return self._writer.write(self._question, excerpts, earlier)

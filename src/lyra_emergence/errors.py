@@ -7,7 +7,9 @@
     ├── ModelUnavailableError     a model id is neither on disk nor reachable
     ├── MissingExtraError         an optional dependency is not installed
     ├── GenerationError           a request cannot be run (an empty prompt, a prompt beyond the context)
-    └── JournalError              a journal file is missing or holds no valid entry
+    ├── JournalError              a journal file is missing or holds no valid entry
+    ├── EndpointError             a server cannot be reached, refuses, or does not answer as it should
+    └── ConversationError         a conversation cannot be read, found or kept
 
 Foreign exceptions are recognized as out of memory in one place, `is_out_of_memory`: by type wherever the library has
 one, by message only where torch raises a bare RuntimeError, or where transformers hides the error in a text.
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "ConversationError",
     "DoesNotFitError",
+    "EndpointError",
     "GenerationError",
     "JournalError",
     "LyraError",
@@ -159,6 +163,14 @@ class GenerationError(LyraError):
 
 class JournalError(LyraError):
     """A journal cannot be read, or holds no valid entry."""
+
+
+class EndpointError(LyraError):
+    """A server that answers in place of a model cannot be reached, refuses, or does not answer as it should."""
+
+
+class ConversationError(LyraError):
+    """A conversation cannot be read, found or kept."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
