@@ -52,7 +52,14 @@ class GenerationOptions:
         names = [field.name for field in fields(cls)]
         own = getattr(loaded.model, "generation_config", None)
         chosen = {name: getattr(own, name) for name in names if getattr(own, name, None) is not None}
-        for layer in (loaded.config.pipeline_kwargs or {}, overrides or {}):
+        return cls.of(chosen, loaded.config.pipeline_kwargs or {}, overrides or {})
+
+    @classmethod
+    def of(cls, *layers: Mapping[str, Any]) -> Self:
+        """Return the options that `layers` hold, a later one before an earlier one; unknown names are ignored."""
+        names = [field.name for field in fields(cls)]
+        chosen: dict[str, Any] = {}
+        for layer in layers:
             chosen |= {name: layer[name] for name in names if layer.get(name) is not None}
         stop = chosen.get("stop", ())
         chosen["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)

@@ -26,7 +26,7 @@ from lyra_emergence.private_files import private_file
 from lyra_emergence.turns import Answer, Source, Turn, citations
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 __all__ = ["Conversation", "ConversationLog", "ConversationStore", "open_store", "turn_as_data", "turn_from_data"]
@@ -252,6 +252,12 @@ class ConversationLog:
         gone = [(_WITHDRAW, (other,)) for other in self._rows[at:]]
         self._write((_ANSWER, values), *gone, ("UPDATE conversations SET updated = ? WHERE id = ?", (_now(), self.id)))
         self._rows[at:] = [row]
+
+    def adopt(self, turns: Iterable[Turn]) -> None:
+        """Keep turns that come from elsewhere as the beginning of this conversation."""
+        for at, turn in enumerate(turns):
+            self.begin(turn.question, turn.answer.sources, at)
+            self.finish(turn)
 
     def abandon(self) -> None:
         """Mark a question as withdrawn whose answer failed."""

@@ -17,7 +17,7 @@ from typing import Any
 from lyra_emergence.errors import GenerationError
 from lyra_emergence.journal.text import one_line, plain, without_runs
 
-__all__ = ["ControlTokens", "Excerpt", "Exchange", "PromptWriter"]
+__all__ = ["ControlTokens", "Excerpt", "Exchange", "PromptWriter", "instructed", "plain_messages"]
 
 _INSTRUCTION = (
     "Answer the question from the journal entries below, in a sentence or two. Cite the entries that you use by their "
@@ -175,6 +175,17 @@ def _chat_template(tokenizer: Any) -> str:
     if isinstance(template, dict):
         template = template.get("default") or next(iter(template.values()), None)
     return template or ""
+
+
+def instructed(question: str, excerpts: tuple[Excerpt, ...]) -> str:
+    """Return the message that asks `question` over numbered entries, for a model whose template is not here."""
+    listed = tuple(Excerpt(part.number, part.heading, without_runs(one_line(part.text))) for part in excerpts)
+    return _with_entries(plain(question).strip(), listed)
+
+
+def plain_messages(message: str, earlier: tuple[Exchange, ...]) -> list[dict[str, str]]:
+    """Return a conversation as messages with roles, ending with `message`."""
+    return _messages(message, earlier)
 
 
 def _messages(message: str, earlier: tuple[Exchange, ...]) -> list[dict[str, str]]:

@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 
 from lyra_emergence.cli import main
 from lyra_emergence.cli.ask import compose_prompt, read_piped
-from lyra_emergence.cli.chat import SLASH_COMMANDS, Chat, history_path, line_reader
+from lyra_emergence.cli.chat import SLASH_COMMANDS, Chat, line_reader
 from lyra_emergence.cli.console import Console, ControlStripper, WordWrapper, strip_controls
+from lyra_emergence.cli.editor import EmptyInterrupt, history_path
 from lyra_emergence.cli.options import Options
-from lyra_emergence.cli.prepare import choose_on_terminal, loaded_model, prepare
+from lyra_emergence.cli.prepare import LocalModel, choose_on_terminal, loaded_model, prepare
 from lyra_emergence.cli.progress import LoadProgress
 from lyra_emergence.errors import ConfigError
 from lyra_emergence.hub import RemoteModel
@@ -436,7 +437,8 @@ def talk(loaded: tuple[Prepared, LoadedModel], journal: Path, pieces: list[str] 
     console = console_on()
     options = GenerationOptions(max_new_tokens=12)
     session = ChatSession(model, index, options=options, stream=None if pieces is None else stream)
-    return Chat(session, replace(prepared, journal=index), console), console
+    opened = LocalModel(model, "the model")
+    return Chat(replace(prepared, journal=index), console, lambda: opened, session=session), console
 
 
 def lines(*typed: str | BaseException) -> Callable[[], str]:
@@ -506,16 +508,12 @@ def test_the_model_itself_answers(loaded: tuple[Prepared, LoadedModel], journal:
 
 def test_ctrl_c_twice_at_an_empty_prompt_leaves_with_130(loaded: tuple[Prepared, LoadedModel], journal: Path) -> None:
     chat, console = talk(loaded, journal, [])
-    from lyra_emergence.cli.chat import EmptyInterrupt
-
     assert chat.run(lines(EmptyInterrupt(), EmptyInterrupt())) == 130
     assert console.stderr.getvalue() == "Press Ctrl-C again or Ctrl-D to leave.\n"
 
 
 def test_ctrl_c_on_a_line_clears_it_and_does_not_count(loaded: tuple[Prepared, LoadedModel], journal: Path) -> None:
     chat, _ = talk(loaded, journal, [])
-    from lyra_emergence.cli.chat import EmptyInterrupt
-
     assert chat.run(lines(EmptyInterrupt(), KeyboardInterrupt(), EmptyInterrupt(), "/help", EmptyInterrupt())) == 0
 
 
@@ -541,10 +539,8 @@ def test_the_line_editor_reads_lines_and_keeps_a_private_history(home: Path) -> 
     from prompt_toolkit.input import create_pipe_input
     from prompt_toolkit.output import DummyOutput
 
-    from lyra_emergence.cli.chat import EmptyInterrupt
-
     with create_pipe_input() as keys:
-        read = line_reader(console_on(), keys=keys, screen=DummyOutput())
+        read = line_reader(console_on(), keys=keys, screen=DummyOutput()).read
         keys.send_text("first question\r")
         assert read() == "first question"
         keys.send_text("\x1b[A\r")

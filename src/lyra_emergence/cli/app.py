@@ -24,6 +24,11 @@ __all__ = ["app", "run"]
 
 _PROGRAM_NAMES: Final = frozenset({"lyra.py", "lyra", "lyra.exe"})
 _DEFAULT_COMMAND: Final = "chat"
+_FOREMOST: Final = (
+    *("--model", "--model-config", "--max-memory", "--context", "--journal", "--rerank"),
+    *("--endpoint", "--continue", "--offline", "--json"),
+)
+"""Options of the chat that the page of `--help` has room for."""
 # typer keeps its copy of click private; its public BadParameter leads to the base of all usage errors.
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
@@ -180,9 +185,12 @@ class _Program(TyperGroup):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the page of `--help`: how to call it, the chat's options, the commands."""
         name = ctx.command_path
+        chat = self.commands[_DEFAULT_COMMAND].params
+        foremost = [parameter for parameter in chat if set(_FOREMOST).intersection(parameter.opts)]
         formatter.write(f"Usage: {name} [OPTIONS] [PROMPT]   or   {name} COMMAND [OPTIONS]\n\n")
         formatter.write((self.help or "").strip() + "\n")
-        _write_options([*self.commands[_DEFAULT_COMMAND].params, *self.get_params(ctx)], ctx, formatter)
+        _write_options([*foremost, *(p for p in self.get_params(ctx) if "--help" in p.opts)], ctx, formatter)
+        formatter.write(f"  More: {name} {_DEFAULT_COMMAND} --help\n")
         with formatter.section("Commands"):
             rows = [(key, command.get_short_help_str(70).rstrip(".")) for key, command in self.commands.items()]
             formatter.write_dl([row for row in rows if row[0] != _DEFAULT_COMMAND])
@@ -223,6 +231,7 @@ DtypeOption = Annotated[
 ]
 EightBitOption = Annotated[bool, typer.Option("--8bit", help="layers packed to 8 bits")]
 FourBitOption = Annotated[bool, typer.Option("--4bit", help="layers packed to 4 bits")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="ask no hub, as HF_HUB_OFFLINE=1")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="debug lines, with each fallback step")]
 
 
@@ -264,7 +273,18 @@ def chat_command(
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="N", help="start of the random numbers, to repeat an answer")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print answer, sources, statistics and plan as JSON")] = False,
+    endpoint: Annotated[
+        str | None,
+        typer.Option("--endpoint", metavar="URL", help="an OpenAI-compatible server answers instead"),
+    ] = None,
+    continue_last: Annotated[bool, typer.Option("--continue", "-c", help="go on with the last conversation")] = False,
+    conversation: Annotated[
+        str | None, typer.Option("--conversation", metavar="ID", help="go on with this one")
+    ] = None,
+    no_log: Annotated[bool, typer.Option("--no-log", help="keep nothing of the conversation")] = False,
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="show an answer when it is whole")] = False,
+    offline: OfflineOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="answer, citations, timings and placement as JSON")] = False,
     verbose: VerboseOption = False,
 ) -> int:
     """Open a chat, or answer one prompt."""
@@ -279,6 +299,12 @@ def chat_command(
         temperature=temperature,
         seed=seed,
         json=as_json,
+        endpoint=endpoint,
+        stream=not no_stream,
+        continue_last=continue_last,
+        conversation=conversation,
+        no_log=no_log,
+        offline=offline,
     )
     console = Console(verbose=verbose)
     prompt = " ".join(words) if words else None

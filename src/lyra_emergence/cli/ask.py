@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import re
 import select
+import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
-from lyra_emergence.cli.answers import print_answer
-from lyra_emergence.cli.plan_view import summary
-from lyra_emergence.cli.prepare import loaded_model, prepare, start_session
+from lyra_emergence.cli.answers import View, print_answer
+from lyra_emergence.cli.keeping import begin_session, open_keeping
+from lyra_emergence.cli.progress import LoadProgress
+from lyra_emergence.cli.ready import describe_journal
+from lyra_emergence.cli.start import settle
 from lyra_emergence.cli.status import INTERRUPTED
 from lyra_emergence.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lyra_emergence.chat import ChatSession
     from lyra_emergence.cli.console import Console
     from lyra_emergence.cli.options import Options
-    from lyra_emergence.cli.prepare import Prepared
-    from lyra_emergence.loading import LoadedModel
+    from lyra_emergence.cli.ready import OpenModel, Ready
 
 __all__ = ["compose_prompt", "read_piped", "run_ask"]
 
@@ -37,35 +42,60 @@ def run_ask(prompt: str | None, options: Options, console: Console) -> int:
         LyraError: There is nothing to answer, or no answer is possible.
     """
     text = compose_prompt(prompt, read_piped(console))
-    prepared = prepare(options, console)
-    if options.journal is None and prepared.journal is not None:
-        console.note(prepared.describe_journal())
-    with loaded_model(prepared, console) as loaded:
+    keeping = open_keeping(options, console)
+    ready = settle(options, console)
+    if options.journal is None and ready.journal is not None:
+        console.note(describe_journal(ready.journal))
+    began = time.perf_counter()
+    with _opened(ready, console) as model:
+        loaded_seconds = time.perf_counter() - began
         if not console.shows_progress:
-            console.note(f"loaded {summary(loaded.plan, prepared.title)}")
-        session = start_session(prepared, loaded)
+            console.note(f"loaded {ready.summary()}" if options.endpoint is None else f"asking {model.placement()}")
+        session = begin_session(ready, model, keeping)
         if options.json:
-            console.print(_printable_json(_answer_as_data(session, text, prepared, loaded)))
+            console.print(_printable_json(_answer_as_data(session, text, ready, model, loaded_seconds)))
             return 0
-        answer = print_answer(session, text, console)
+        answer = print_answer(session, session.ask(text), console, View(stream=options.stream))
     return INTERRUPTED if answer is None or answer.finish_reason == "interrupted" else 0
 
 
-def _answer_as_data(session: ChatSession, text: str, prepared: Prepared, loaded: LoadedModel) -> dict[str, Any]:
+@contextmanager
+def _opened(ready: Ready, console: Console) -> Iterator[OpenModel]:
+    with LoadProgress(console) as progress:
+        model = ready.open(progress)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def _answer_as_data(
+    session: ChatSession, text: str, ready: Ready, model: OpenModel, load_seconds: float
+) -> dict[str, Any]:
+    began = time.perf_counter()
     answer = next(chunk.answer for chunk in session.ask(text) if chunk.answer is not None)
-    plan = loaded.plan.to_json()
-    del plan["placements"]
+    seconds = time.perf_counter() - began
+    stats = answer.stats
+    choice = getattr(ready, "choice", None)
     return {
         "answer": answer.text,
         "finish_reason": answer.finish_reason,
+        "citations": [{"number": one.number, "label": one.label(), "entry_id": one.entry_id} for one in answer.cited],
         "sources": [asdict(source) for source in answer.sources],
         "unknown_citations": list(answer.unknown_citations),
         "notes": list(answer.notes),
-        "stats": answer.stats and asdict(answer.stats) | {"tokens_per_second": answer.stats.tokens_per_second},
-        "model": {"id": prepared.choice.config.model_id, "stands_in": prepared.choice.stands_in},
-        "journal": prepared.journal and str(prepared.journal.journal.path),
-        "plan": plan,
-        "load": loaded.report.to_json(),
+        "timings": {
+            "load_seconds": load_seconds,
+            "answer_seconds": seconds,
+            "prefill_seconds": stats and stats.prefill_seconds,
+            "decode_seconds": stats and stats.decode_seconds,
+            "tokens_per_second": stats and stats.tokens_per_second,
+        },
+        "stats": stats and asdict(stats) | {"tokens_per_second": stats.tokens_per_second},
+        "model": {"id": ready.model_id, "stands_in": choice is not None and choice.stands_in},
+        "journal": None if ready.journal is None else str(ready.journal.journal.path),
+        "conversation": session.log.id if session.log is not None and session.log.kept else None,
+        **model.as_data(),
     }
 
 

@@ -1,91 +1,169 @@
-"""The chat: a line editor with history, answers that stream, and commands that begin with a slash."""
+"""The chat: a prompt that is there while the model still loads, answers that stream, and commands behind a slash."""
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
-from dataclasses import dataclass
+import sys
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING
 
-from lyra_emergence.cli.answers import print_answer, source_lines
-from lyra_emergence.cli.plan_view import render_plan, summary
-from lyra_emergence.cli.prepare import loaded_model, prepare, start_session
+from lyra_emergence.cli.answers import View, print_answer
+from lyra_emergence.cli.behind import LoadFailed, ModelBehind
+from lyra_emergence.cli.commands import SLASH_COMMANDS, suggestions
+from lyra_emergence.cli.editor import EmptyInterrupt, PlainReader, TypedReader, unquoted
+from lyra_emergence.cli.keeping import Keeping, begin_session, open_keeping
+from lyra_emergence.cli.ready import describe_journal
+from lyra_emergence.cli.settings import Settings
+from lyra_emergence.cli.start import settle
 from lyra_emergence.cli.status import INTERRUPTED
 from lyra_emergence.cli.terminal import silent_keys
 from lyra_emergence.errors import ConfigError, LyraError, is_out_of_memory
+from lyra_emergence.journal.text import shorten
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from prompt_toolkit.input import Input
     from prompt_toolkit.output import Output
 
-    from lyra_emergence.chat import ChatSession
+    from lyra_emergence.chat import ChatChunk, ChatSession
     from lyra_emergence.cli.console import Console
+    from lyra_emergence.cli.editor import LineReader, Suggestion
     from lyra_emergence.cli.options import Options
-    from lyra_emergence.cli.prepare import Prepared
+    from lyra_emergence.cli.ready import OpenModel, Ready
+    from lyra_emergence.conversations import Conversation
+    from lyra_emergence.turns import Turn
 
-__all__ = ["SLASH_COMMANDS", "Chat", "EmptyInterrupt", "SlashCommand", "history_path", "line_reader", "run_chat"]
+__all__ = ["SLASH_COMMANDS", "Chat", "line_reader", "run_chat"]
 
-PROMPT: Final = "> "
-_APPLICATION: Final = "lyra-emergence"
-_NOT_KEPT: Final = "the data folder cannot be written: questions are not kept for next time"
+_LONGEST_RECALL = 400
+"""Characters of the last answer that a continued conversation shows again."""
 
 
 def run_chat(options: Options, console: Console) -> int:
     """Open a chat and return its exit status.
 
     Raises:
-        LyraError: The chat cannot start.
+        LyraError: The chat cannot start, or its model could not be loaded.
     """
     if options.json:
         raise ConfigError("--json prints one answer, but there is no prompt", hint='write: lyra.py --json "..."')
-    prepared = prepare(options, console)
-    with loaded_model(prepared, console) as loaded:
-        chat = Chat(start_session(prepared, loaded), prepared, console)
-        chat.welcome()
-        return chat.run(line_reader(console))
+    keeping = open_keeping(options, console)
+    ready = settle(options, console)
+    behind = ModelBehind(ready, console)
+    chat = Chat(ready, console, behind.wait, keeping=keeping, view=View(stream=options.stream), loading=behind)
+    chat.welcome()
+    try:
+        code = chat.run(_reader(chat, behind, console, keep_history=not options.no_log).read)
+    except LoadFailed as failed:
+        raise failed.error from None
+    if behind.error is not None:
+        behind.tell()
+        raise behind.error
+    if keeping.store is not None:
+        keeping.store.close()
+    if behind.running:
+        _leave_at_once(code)
+    if behind.model is not None:
+        behind.model.close()
+    return code
 
 
-@dataclass(frozen=True, slots=True)
-class SlashCommand:
-    """A command of the chat.
+def _reader(chat: Chat, behind: ModelBehind, console: Console, *, keep_history: bool) -> LineReader:
+    """Return what reads lines, begins to load with its first prompt, and shows how far that is."""
+    reader = line_reader(
+        console, keep_history=keep_history, suggest=partial(suggestions, chat), status=chat.status_line
+    )
+    if isinstance(reader, TypedReader):
+        reader.on_shown = behind.start
+        reader.broken = lambda: behind.error is not None
+        behind.on_change = reader.wake
+    else:
+        behind.start()
+    return reader
 
-    Attributes:
-        names: What calls it, with the slash; the first one is shown in the help.
-        help: What it does, in a line.
-        run: Does it, given the chat and the text behind the name; returns an exit status to leave with, or None.
-    """
 
-    names: tuple[str, ...]
-    help: str
-    run: Callable[[Chat, str], int | None]
+def _leave_at_once(code: int) -> None:
+    """End the process though a thread still loads: it is in the middle of C++ code that cannot be asked to stop."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Chat:
     """One chat on a terminal.
 
-    Attributes:
-        session: The conversation.
-        prepared: The model's plan and the journal.
+    Args:
+        ready: What answers, and the journal.
         console: Where it prints.
+        model: Returns the model, as soon as it is there.
+        keeping: The conversation.
+        view: How answers are shown.
+        loading: What loads the model, for the status line.
+        session: The conversation's session; made of the model when it is first needed, if not given.
     """
 
-    def __init__(self, session: ChatSession, prepared: Prepared, console: Console) -> None:
-        self.session = session
-        self.prepared = prepared
+    def __init__(
+        self,
+        ready: Ready,
+        console: Console,
+        model: Callable[[], OpenModel],
+        *,
+        keeping: Keeping | None = None,
+        view: View | None = None,
+        loading: ModelBehind | None = None,
+        session: ChatSession | None = None,
+    ) -> None:
+        self.ready = ready
         self.console = console
+        self.keeping = keeping or Keeping(None)
+        self._model = model
+        self._view = view or View()
+        self._loading = loading
+        self._session = session
         self._interrupts = 0
+
+    @property
+    def model(self) -> OpenModel:
+        """The model; waits until it is there."""
+        return self._model()
+
+    @property
+    def session(self) -> ChatSession:
+        """The conversation; waits for the model."""
+        if self._session is None:
+            self._session = begin_session(self.ready, self.model, self.keeping)
+        return self._session
+
+    @property
+    def settings(self) -> Settings:
+        """What `/set` changes."""
+        return Settings(self.session.options, self.session.passages, self._view)
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        self.session.options, self.session.passages = settings.options, settings.passages
+        self._view = settings.view
 
     def welcome(self) -> None:
         """Say what the chat runs on and how to leave it."""
         console = self.console
-        console.say(summary(self.prepared.plan, self.prepared.title))
-        console.say(self.prepared.describe_journal())
+        console.say(self.ready.summary())
+        console.say(describe_journal(self.ready.journal))
+        if self.keeping.continued is not None:
+            self.tell_continued(self.keeping.continued, self.keeping.turns)
         console.say(console.style("Ask a question. /help lists the commands, Ctrl-D leaves.", "dim"))
         console.say()
+
+    def tell_continued(self, conversation: Conversation, turns: Sequence[Turn]) -> None:
+        """Say which conversation goes on, and how it ended."""
+        count = len(turns)
+        self.console.say(f"conversation {conversation.id}, {count} turn{'' if count == 1 else 's'} so far")
+        if turns:
+            recalled = (f"> {turns[-1].question}", turns[-1].answer.text)
+            for text in recalled:
+                self.console.recall(shorten(text, _LONGEST_RECALL))
 
     def run(self, read_line: Callable[[], str]) -> int:
         """Answer lines until the user leaves; return the exit status.
@@ -93,10 +171,13 @@ class Chat:
         Args:
             read_line: Returns the next line; raises EOFError at Ctrl-D and `EmptyInterrupt` or KeyboardInterrupt at
                 Ctrl-C.
+
+        Raises:
+            LoadFailed: The model that it waited for could not be loaded.
         """
         while True:
             try:
-                line = read_line().strip()
+                line = unquoted(read_line())
             except EOFError:
                 return 0
             except KeyboardInterrupt as pressed:
@@ -110,21 +191,72 @@ class Chat:
 
     def handle(self, line: str) -> int | None:
         """Run a command or answer a question; return an exit status to leave with, or None."""
-        if line.startswith("/"):
-            return self._command(line)
         try:
-            with silent_keys(self.console.stdin):
-                print_answer(self.session, line, self.console)
+            if line.startswith("/"):
+                return self._command(line)
+            self.show(lambda: self.session.ask(line))
         except KeyboardInterrupt:
-            self.console.say()
+            self.console.say(self.console.style("(stopped)", "dim"))
         except LyraError as error:
             self.console.error(str(error), error.hint)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             self.console.error(f"memory ran out: {error}", "ask something shorter, or restart with a smaller --context")
-        self.console.say()
         return None
+
+    def show(self, begin: Callable[[], Generator[ChatChunk, None, None]]) -> None:
+        """Print the answer that `begin` begins."""
+        session = self.session
+        try:
+            with silent_keys(self.console.stdin):
+                print_answer(session, begin(), self.console, self._view)
+        finally:
+            self.console.say()
+
+    def status_line(self) -> str:
+        """Return the line below the prompt, as wide as the terminal at most."""
+        parts = list(self._status())
+        dot = " · " if self.console.can_show("·") else " - "
+        while len(parts) > 1 and len(dot.join(parts)) > self.console.width - 1:
+            # The model's name says least: it was chosen by whoever reads this.
+            parts.pop(0)
+        return shorten(dot.join(parts), self.console.width - 1)
+
+    def _status(self) -> Iterator[str]:
+        yield self.ready.title
+        if self._loading is not None and (state := self._loading.state):
+            yield state
+            return
+        yield self.model.placement()
+        if self._session is None:
+            return
+        answered = [turn.answer.stats for turn in self._session.turns if turn.answer.stats is not None]
+        stats = answered[-1] if answered else None
+        if stats is not None:
+            yield f"context {stats.prompt_tokens + stats.new_tokens}/{self._session.context_length}"
+            if stats.tokens_per_second:
+                yield f"{stats.tokens_per_second:.3g} tok/s"
+
+    def figures(self) -> Iterator[tuple[str, str]]:
+        """Yield what `/stats` shows: a name and its text."""
+        session, model = self.session, self.model
+        yield "model", self.ready.summary()
+        yield "placement", model.placement()
+        yield "turns", str(len(session.turns))
+        last = session.last
+        stats = last.stats if last is not None else None
+        if stats is None:
+            yield "context", f"{session.context_length} tokens"
+        else:
+            used = stats.prompt_tokens + stats.new_tokens
+            yield "context", f"{used} of {session.context_length} tokens used by the last answer"
+            yield "prompt", f"{stats.prompt_tokens} tokens, {stats.reused_tokens} of them kept from before"
+            yield "first token", f"after {stats.prefill_seconds:.2f} s"
+            yield "answer", f"{stats.new_tokens} tokens, {stats.tokens_per_second:.3g} a second"
+        log = session.log
+        kept = f"{log.id}, continued by --conversation {log.id}" if log is not None and log.kept else "not kept"
+        yield "conversation", kept
 
     def _command(self, line: str) -> int | None:
         name, _, rest = line.partition(" ")
@@ -144,118 +276,16 @@ class Chat:
         return self._interrupts > 1
 
 
-class EmptyInterrupt(KeyboardInterrupt):
-    """Ctrl-C while nothing was typed."""
-
-
-def _help(chat: Chat, _rest: str) -> None:
-    rows = [(", ".join(command.names), command.help) for command in SLASH_COMMANDS]
-    rows += [("Ctrl-C", "stop the answer; twice at an empty prompt: leave"), ("Ctrl-D", "leave")]
-    widest = max(len(names) for names, _ in rows)
-    for names, text in rows:
-        chat.console.say(f"  {names.ljust(widest)}  {text}")
-
-
-def _clear(chat: Chat, _rest: str) -> None:
-    chat.session.clear()
-    chat.console.say("The conversation starts anew.")
-
-
-def _sources(chat: Chat, _rest: str) -> None:
-    answer = chat.session.last
-    if answer is None or not answer.sources:
-        chat.console.say("No journal entry was given to the model for the last answer.")
-        return
-    for source in answer.sources:
-        for line in source_lines(source, chat.console, passage=True):
-            chat.console.say(line)
-
-
-def _plan(chat: Chat, _rest: str) -> None:
-    for line in render_plan(chat.prepared.plan, chat.prepared.title, chat.console):
-        chat.console.say(line)
-
-
-def _exit(_chat: Chat, _rest: str) -> int:
-    return 0
-
-
-SLASH_COMMANDS: Final = (
-    SlashCommand(("/help",), "list the commands", _help),
-    SlashCommand(("/sources",), "show the journal passages behind the last answer", _sources),
-    SlashCommand(("/plan",), "show where the model's layers are", _plan),
-    SlashCommand(("/clear",), "forget the conversation", _clear),
-    SlashCommand(("/exit", "/quit"), "leave", _exit),
-)
-
-
-def history_path() -> Path:
-    """Return the file of the questions asked before, readable by its owner only; it is made where it is missing.
-
-    Raises:
-        OSError: It cannot be made.
-    """
-    from platformdirs import user_data_path
-
-    path = user_data_path(_APPLICATION, appauthor=False) / "chat_history"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
-    path.chmod(0o600)
-    return path
-
-
-def line_reader(console: Console, *, keys: Input | None = None, screen: Output | None = None) -> Callable[[], str]:
-    """Return a function that reads a line, with editing and history where the terminal can."""
+def line_reader(
+    console: Console,
+    *,
+    keep_history: bool = True,
+    suggest: Callable[[str], tuple[int, Iterable[Suggestion]]] | None = None,
+    status: Callable[[], str] | None = None,
+    keys: Input | None = None,
+    screen: Output | None = None,
+) -> LineReader:
+    """Return what reads lines, with editing and history where the terminal can."""
     if console.dumb:
-        return _plain_reader(console)
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.output import create_output
-
-    # The prompt must not end up in a redirected answer.
-    stream = console.stdout if console.answers_to_terminal else console.stderr
-    prompt: PromptSession[str] = PromptSession(
-        history=_history(console), input=keys, output=screen or create_output(stream)
-    )
-
-    def read() -> str:
-        try:
-            return prompt.prompt(PROMPT)
-        except KeyboardInterrupt:
-            if prompt.default_buffer.text:
-                raise
-            raise EmptyInterrupt from None
-
-    return read
-
-
-def _plain_reader(console: Console) -> Callable[[], str]:
-    def read() -> str:
-        console.stderr.write(PROMPT)
-        console.stderr.flush()
-        try:
-            line = console.stdin.readline()
-        except KeyboardInterrupt:
-            console.say()
-            raise EmptyInterrupt from None
-        if not line:
-            raise EOFError
-        return line
-
-    return read
-
-
-def _history(console: Console) -> Any:
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
-    class KeptHistory(FileHistory):
-        def store_string(self, string: str) -> None:
-            """Keep a question; a disk that is full must not end the chat."""
-            try:
-                super().store_string(string)
-            except OSError:
-                console.note(_NOT_KEPT)
-
-    with suppress(OSError):
-        return KeptHistory(str(history_path()))
-    console.note(_NOT_KEPT)
-    return InMemoryHistory()
+        return PlainReader(console)
+    return TypedReader(console, keep_history=keep_history, suggest=suggest, status=status, keys=keys, screen=screen)

@@ -35,6 +35,7 @@ _CODES: Final[Mapping[str, str]] = {
 }
 _DEFAULT_WIDTH: Final = 80
 _MIN_WIDTH: Final = 20
+_NARROWEST_COLUMN: Final = 20
 # Longer than any sequence that a terminal acts on; bounds what one unfinished sequence can hold back.
 _MAX_SEQUENCE: Final = 512
 _SEQUENCE = re.compile(
@@ -159,6 +160,7 @@ class Console:
 
     Attributes:
         verbose: Whether debug lines are shown.
+        environ: The environment variables that hold for it.
     """
 
     def __init__(
@@ -174,7 +176,7 @@ class Console:
         self.stdout = stdout or sys.stdout
         self.stderr = stderr or sys.stderr
         self.verbose = verbose
-        self._environ = os.environ if environ is None else environ
+        self.environ: Mapping[str, str] = os.environ if environ is None else environ
         self._said: set[str] = set()
 
     @property
@@ -202,11 +204,11 @@ class Console:
     @property
     def dumb(self) -> bool:
         """Whether the terminal understands no control sequences."""
-        return self._environ.get("TERM", "") in {"dumb", "unknown"}
+        return self.environ.get("TERM", "") in {"dumb", "unknown"}
 
     def colored(self, stream: TextIO) -> bool:
         """Return whether `stream` is a terminal whose user did not turn colors off."""
-        return _is_terminal(stream) and not self.dumb and not self._environ.get("NO_COLOR")
+        return _is_terminal(stream) and not self.dumb and not self.environ.get("NO_COLOR")
 
     def style(self, text: str, *styles: Style, stream: TextIO | None = None) -> str:
         """Return `text` in `styles` for `stream` (stderr where None), unchanged where colors are off."""
@@ -236,6 +238,21 @@ class Console:
         """Print a line on stderr."""
         self.stderr.write(text + "\n")
         self.stderr.flush()
+
+    def columns(self, lead: str, text: str) -> list[str]:
+        """Return lines of `lead` with `text` beside it, or below it where the terminal is too narrow for that."""
+        room = self.width - len(lead)
+        if room < _NARROWEST_COLUMN:
+            below = textwrap.wrap(text, self.width - 6, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            return [lead.rstrip(), *below]
+        first, *rest = textwrap.wrap(text, room) or [""]
+        return [(lead + first).rstrip(), *(" " * len(lead) + line for line in rest)]
+
+    def recall(self, text: str) -> None:
+        """Show text of before on stderr, set apart from what is new."""
+        for line in strip_controls(text).splitlines():
+            for part in textwrap.wrap(line, self.width) or [""]:
+                self.say(self.style(part, "dim"))
 
     def note(self, text: str) -> None:
         """Say something worth knowing, once."""

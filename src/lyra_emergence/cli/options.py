@@ -34,6 +34,12 @@ class Options:
         dtype: What the model computes in.
         load_in_8bit: Whether its layers are packed to 8 bits.
         load_in_4bit: Whether its layers are packed to 4 bits.
+        endpoint: URL of an OpenAI-compatible server that answers instead of a model loaded here.
+        stream: Whether an answer is shown as it comes.
+        continue_last: Whether the last conversation goes on.
+        conversation: Id of the conversation that goes on, or its beginning.
+        no_log: Whether nothing of the conversation is kept.
+        offline: Whether no hub is asked.
     """
 
     model: str | None = None
@@ -49,6 +55,12 @@ class Options:
     dtype: str | None = None
     load_in_8bit: bool = False
     load_in_4bit: bool = False
+    endpoint: str | None = None
+    stream: bool = True
+    continue_last: bool = False
+    conversation: str | None = None
+    no_log: bool = False
+    offline: bool = False
 
     def resolve(self) -> ResolvedConfig:
         """Return the configuration with these options on top.

@@ -6,36 +6,41 @@ import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from lyra_emergence import cli
 from lyra_emergence.bundled import BUNDLED_ID, BUNDLED_PASSAGE_LENGTH, BUNDLED_PASSAGES
 from lyra_emergence.cli.console import strip_controls
 from lyra_emergence.cli.models import choose_model, describe_download
 from lyra_emergence.cli.options import say_notes
+from lyra_emergence.cli.placed import placement_text, weight_shares
 from lyra_emergence.cli.plan import make_plan_for
+from lyra_emergence.cli.plan_view import render_plan, summary
 from lyra_emergence.cli.progress import LoadProgress, fetch, working
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from lyra_emergence.chat import ChatSession
+    from lyra_emergence.chunks import GenerationOptions
     from lyra_emergence.cli.console import Console
     from lyra_emergence.cli.models import Answer, ModelChoice
     from lyra_emergence.cli.options import Options
     from lyra_emergence.hub import RemoteModel
     from lyra_emergence.journal import JournalIndex
+    from lyra_emergence.load_report import LoadEvent
     from lyra_emergence.loading import LoadedModel
     from lyra_emergence.plan import Plan
+    from lyra_emergence.speaker import LocalSpeaker
 
 __all__ = [
     "SAMPLE_JOURNAL",
+    "LocalModel",
     "Prepared",
     "choose_on_terminal",
     "find_journal",
     "loaded_model",
+    "open_the_journal",
     "prepare",
-    "start_session",
 ]
 
 SAMPLE_JOURNAL: Final = Path("data", "journal", "sample.json")
@@ -61,12 +66,85 @@ class Prepared:
         bundled = self.choice.config.model_id == BUNDLED_ID
         return "the bundled model" if bundled else strip_controls(self.choice.config.model_id, one_line=True)
 
-    def describe_journal(self) -> str:
-        """Return which journal answers draw on, in a line."""
-        if self.journal is None:
-            return "no journal (--journal PATH names one)"
-        count = len(self.journal.entries)
-        return f"journal {self.journal.journal.path}, {count} entr{'y' if count == 1 else 'ies'}"
+    @property
+    def model_id(self) -> str:
+        """The model's id."""
+        return self.choice.config.model_id
+
+    @property
+    def passages(self) -> int:
+        """Journal passages for each question, at most."""
+        from lyra_emergence.chat import DEFAULT_PASSAGES
+
+        return BUNDLED_PASSAGES if self.model_id == BUNDLED_ID else DEFAULT_PASSAGES
+
+    def summary(self) -> str:
+        """Return the plan in a line."""
+        return summary(self.plan, self.title)
+
+    def open(self, on_event: Callable[[LoadEvent], None]) -> LocalModel:
+        """Load the model.
+
+        Raises:
+            LyraError: It cannot be loaded.
+        """
+        return LocalModel(_load(self, on_event), self.title)
+
+
+class LocalModel:
+    """A model loaded in this process.
+
+    Attributes:
+        loaded: The model.
+    """
+
+    def __init__(self, loaded: LoadedModel, title: str) -> None:
+        self.loaded = loaded
+        self._title = title
+        self._speaker: LocalSpeaker | None = None
+
+    @property
+    def speaker(self) -> LocalSpeaker:
+        """Who answers; made in the thread that asks."""
+        if self._speaker is None:
+            from lyra_emergence.runtime.compute_threads import settle_for_fewer_threads
+            from lyra_emergence.speaker import LocalSpeaker
+
+            settle_for_fewer_threads()
+            self._speaker = LocalSpeaker(self.loaded)
+        return self._speaker
+
+    @property
+    def options(self) -> GenerationOptions:
+        """How it answers, as its configuration and its own files say."""
+        from lyra_emergence.chunks import GenerationOptions
+
+        return GenerationOptions.for_model(self.loaded)
+
+    def placement(self) -> str:
+        """Return where its weights are now."""
+        return placement_text(self._shares())
+
+    def plan_lines(self, console: Console) -> Iterator[str]:
+        """Yield the lines that show the plan that it was loaded by."""
+        yield from render_plan(self.loaded.plan, self._title, console)
+
+    def as_data(self) -> dict[str, Any]:
+        """Return the plan and the load, as `--json` tells them."""
+        plan = self.loaded.plan.to_json()
+        del plan["placements"]
+        return {
+            "placement": {"text": self.placement(), "weight_bytes": self._shares()},
+            "plan": plan,
+            "load": self.loaded.report.to_json(),
+        }
+
+    def close(self) -> None:
+        """Release its memory."""
+        self.loaded.close()
+
+    def _shares(self) -> dict[str, int]:
+        return weight_shares(self.loaded.plan, {block.name: block.device for block in self.loaded.blocks})
 
 
 def prepare(options: Options, console: Console) -> Prepared:
@@ -77,7 +155,7 @@ def prepare(options: Options, console: Console) -> Prepared:
     """
     resolved = options.resolve()
     say_notes(resolved, console)
-    journal = _open_journal(options, console)
+    journal = open_the_journal(options, console)
     choice = choose_model(
         resolved,
         fetch=lambda remote: fetch(remote, console),
@@ -94,23 +172,18 @@ def prepare(options: Options, console: Console) -> Prepared:
     return Prepared(choice, plan, journal)
 
 
-def _open_journal(options: Options, console: Console) -> JournalIndex | None:
+def open_the_journal(options: Options, console: Console) -> JournalIndex | None:
+    """Return the journal that the options name or that is found, indexed; None where there is none.
+
+    Raises:
+        JournalError: It cannot be read.
+    """
     path = find_journal(options.journal)
     if path is None:
         return None
     from lyra_emergence.journal import open_journal
 
     return open_journal(path, rerank=options.rerank, on_note=console.note)
-
-
-def start_session(prepared: Prepared, loaded: LoadedModel) -> ChatSession:
-    """Return a conversation with the loaded model over the journal."""
-    from lyra_emergence.chat import DEFAULT_PASSAGES, ChatSession
-    from lyra_emergence.generation import GenerationOptions
-
-    passages = BUNDLED_PASSAGES if prepared.choice.config.model_id == BUNDLED_ID else DEFAULT_PASSAGES
-    options = GenerationOptions.for_model(loaded)
-    return ChatSession(loaded, prepared.journal, options=options, passages=passages)
 
 
 def find_journal(asked: Path | None) -> Path | None:
@@ -129,18 +202,21 @@ def loaded_model(prepared: Prepared, console: Console) -> Iterator[LoadedModel]:
     Raises:
         LyraError: It cannot be loaded.
     """
-    with working(console, "starting torch"):
-        # One person's tokenizer needs no threads, and a fork behind them would warn.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from lyra_emergence.loading import load
     with LoadProgress(console) as progress:
-        loaded = load(
-            prepared.choice.config, directory=prepared.choice.directory, plan=prepared.plan, on_event=progress
-        )
+        loaded = _load(prepared, progress)
     try:
         yield loaded
     finally:
         loaded.close()
+
+
+def _load(prepared: Prepared, on_event: Callable[[LoadEvent], None]) -> LoadedModel:
+    # One person's tokenizer needs no threads, and a fork behind them would warn.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from lyra_emergence.loading import load
+
+    choice = prepared.choice
+    return load(choice.config, directory=choice.directory, plan=prepared.plan, on_event=on_event)
 
 
 def choose_on_terminal(remote: RemoteModel, asked_by: Path | None, console: Console) -> Answer:
