@@ -99,6 +99,8 @@ def print_answer(
     answer = session.last if session.last is not before else None
     if answer is not None:
         _print_epilogue(answer, console)
+    elif interrupt.pressed:
+        console.say(console.style("(stopped)", "dim"))
     return answer
 
 

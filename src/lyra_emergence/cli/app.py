@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from lyra_emergence.cli.cache import cache_app
 from lyra_emergence.cli.config import config_app
-from lyra_emergence.cli.console import Console, writing_output
+from lyra_emergence.cli.console import Console, knows_ascii_alone, writing_output
 from lyra_emergence.cli.options import Options
 from lyra_emergence.cli.status import FAILED, INTERRUPTED, USAGE
 from lyra_emergence.errors import LyraError
@@ -105,7 +105,8 @@ def _tolerate_any_encoding() -> None:
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
-            reconfigure(errors="replace")
+            ascii_alone = stream.isatty() and knows_ascii_alone(os.environ)
+            reconfigure(encoding="ascii" if ascii_alone else None, errors="replace")
 
 
 def _forget_stdout() -> None:

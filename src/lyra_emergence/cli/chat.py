@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.output import Output
 
     from lyra_emergence.chat import ChatChunk, ChatSession
+    from lyra_emergence.chunks import GenerationStats
     from lyra_emergence.cli.console import Console
     from lyra_emergence.cli.editor import LineReader, Suggestion
     from lyra_emergence.cli.options import Options
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SLASH_COMMANDS", "Chat", "line_reader", "run_chat"]
 
+_WHOLE_NUMBERS = 10
+"""Tokens a second from which on their fractions tell nothing."""
 _LONGEST_RECALL = 400
 """Characters of the last answer that a continued conversation shows again."""
 
@@ -149,11 +152,11 @@ class Chat:
     def welcome(self) -> None:
         """Say what the chat runs on and how to leave it."""
         console = self.console
-        console.say(self.ready.summary())
-        console.say(describe_journal(self.ready.journal))
+        console.tell(self.ready.summary())
+        console.tell(describe_journal(self.ready.journal))
         if self.keeping.continued is not None:
             self.tell_continued(self.keeping.continued, self.keeping.turns)
-        console.say(console.style("Ask a question. /help lists the commands, Ctrl-D leaves.", "dim"))
+        console.tell("Ask a question. /help lists the commands, Ctrl-D leaves.", "dim")
         console.say()
 
     def tell_continued(self, conversation: Conversation, turns: Sequence[Turn]) -> None:
@@ -163,7 +166,7 @@ class Chat:
         if turns:
             recalled = (f"> {turns[-1].question}", turns[-1].answer.text)
             for text in recalled:
-                self.console.recall(shorten(text, _LONGEST_RECALL))
+                self.console.tell(shorten(text, _LONGEST_RECALL), "dim")
 
     def run(self, read_line: Callable[[], str]) -> int:
         """Answer lines until the user leaves; return the exit status.
@@ -224,11 +227,15 @@ class Chat:
         return shorten(dot.join(parts), self.console.width - 1)
 
     def _status(self) -> Iterator[str]:
-        yield self.ready.title
-        if self._loading is not None and (state := self._loading.state):
-            yield state
+        if self._loading is not None and self._loading.model is None:
+            yield self.ready.title
+            if state := self._loading.state:
+                yield state
             return
-        yield self.model.placement()
+        placement = self.model.placement()
+        if self.ready.title not in placement:  # a server's placement is its name
+            yield self.ready.title
+        yield placement
         if self._session is None:
             return
         answered = [turn.answer.stats for turn in self._session.turns if turn.answer.stats is not None]
@@ -236,7 +243,7 @@ class Chat:
         if stats is not None:
             yield f"context {stats.prompt_tokens + stats.new_tokens}/{self._session.context_length}"
             if stats.tokens_per_second:
-                yield f"{stats.tokens_per_second:.3g} tok/s"
+                yield f"{_speed(stats)} tok/s"
 
     def figures(self) -> Iterator[tuple[str, str]]:
         """Yield what `/stats` shows: a name and its text."""
@@ -253,7 +260,7 @@ class Chat:
             yield "context", f"{used} of {session.context_length} tokens used by the last answer"
             yield "prompt", f"{stats.prompt_tokens} tokens, {stats.reused_tokens} of them kept from before"
             yield "first token", f"after {stats.prefill_seconds:.2f} s"
-            yield "answer", f"{stats.new_tokens} tokens, {stats.tokens_per_second:.3g} a second"
+            yield "answer", f"{stats.new_tokens} tokens, {_speed(stats)} a second"
         log = session.log
         kept = f"{log.id}, continued by --conversation {log.id}" if log is not None and log.kept else "not kept"
         yield "conversation", kept
@@ -274,6 +281,11 @@ class Chat:
         if self._interrupts == 1:
             self.console.say("Press Ctrl-C again or Ctrl-D to leave.")
         return self._interrupts > 1
+
+
+def _speed(stats: GenerationStats) -> str:
+    speed = stats.tokens_per_second
+    return f"{speed:.0f}" if speed >= _WHOLE_NUMBERS else f"{speed:.1f}"
 
 
 def line_reader(

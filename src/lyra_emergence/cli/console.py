@@ -19,7 +19,15 @@ from lyra_emergence.errors import LyraError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["Console", "ControlStripper", "Style", "WordWrapper", "strip_controls", "writing_output"]
+__all__ = [
+    "Console",
+    "ControlStripper",
+    "Style",
+    "WordWrapper",
+    "knows_ascii_alone",
+    "strip_controls",
+    "writing_output",
+]
 
 Style = Literal["bold", "dim", "red", "yellow", "green", "cyan", "magenta", "blue"]
 
@@ -155,6 +163,18 @@ def writing_output() -> Iterator[None]:
         ) from error
 
 
+def knows_ascii_alone(environ: Mapping[str, str]) -> bool:
+    """Return whether a terminal's locale is C or POSIX, by its own word: Python would write UTF-8 all the same.
+
+    Python sets LC_CTYPE to C.UTF-8 itself where nothing else was said (PEP 538), so that says nothing here; a terminal
+    without any locale, as in a container, is taken to know UTF-8.
+    """
+    if environ.get("PYTHONIOENCODING") or environ.get("PYTHONUTF8"):
+        return False
+    named = environ.get("LC_ALL") or environ.get("LC_CTYPE", "").replace("C.UTF-8", "") or environ.get("LANG")
+    return named in {"C", "POSIX"}
+
+
 class Console:
     """The two output streams of one run of the program.
 
@@ -248,11 +268,11 @@ class Console:
         first, *rest = textwrap.wrap(text, room) or [""]
         return [(lead + first).rstrip(), *(" " * len(lead) + line for line in rest)]
 
-    def recall(self, text: str) -> None:
-        """Show text of before on stderr, set apart from what is new."""
+    def tell(self, text: str, *styles: Style) -> None:
+        """Say text whose lines break between words."""
         for line in strip_controls(text).splitlines():
-            for part in textwrap.wrap(line, self.width) or [""]:
-                self.say(self.style(part, "dim"))
+            for part in textwrap.wrap(line, self.width, subsequent_indent="  ", break_on_hyphens=False) or [""]:
+                self.say(self.style(part, *styles))
 
     def note(self, text: str) -> None:
         """Say something worth knowing, once."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from lyra_emergence.cli.console import writing_output
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lyra_emergence.cli.console import Console
 
 __all__ = ["BlockSplitter", "MarkdownStream", "renders_markdown"]
@@ -131,7 +133,7 @@ class MarkdownStream:
                 redirect_stderr=False,
             )
             self._live.start()
-        self._live.update(_Tail(self._block(self._splitter.rest)), refresh=True)
+        self._live.update(_Lines(self._block(self._splitter.rest), _last), refresh=True)
 
     def _stop(self) -> None:
         if self._live is not None:
@@ -146,32 +148,49 @@ class MarkdownStream:
     def _block(self, text: str) -> Any:
         from rich.console import Group
 
-        return Group("", _markdown(text)) if self._printed else _markdown(text)
+        block = _Lines(_markdown(text), _without_margins)
+        return Group("", block) if self._printed else block
 
 
-class _Tail:
-    """The last lines of something, as many as fit the screen beside the cursor's own line."""
+class _Lines:
+    """Something rendered, of whose lines `choose` takes some."""
 
-    def __init__(self, whole: Any) -> None:
+    def __init__(self, whole: Any, choose: Callable[[list[Any], int], list[Any]]) -> None:
         self._whole = whole
+        self._choose = choose
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         from rich.segment import Segment
 
         lines = console.render_lines(self._whole, options.update(height=None), pad=False)
-        for line in lines[-max(1, console.size.height - 1) :]:
+        for line in self._choose(lines, console.size.height):
             yield from line
             yield Segment.line()
 
 
+def _last(lines: list[Any], height: int) -> list[Any]:
+    """Return as many of the last lines as fit the screen beside the cursor's own line."""
+    return lines[-max(1, height - 1) :]
+
+
+def _without_margins(lines: list[Any], _height: int) -> list[Any]:
+    """Return the lines without empty ones at both ends: rich puts them around some kinds of block only."""
+    told = [number for number, line in enumerate(lines) if "".join(segment.text for segment in line).strip()]
+    return lines[told[0] : told[-1] + 1] if told else lines
+
+
 def _markdown(text: str) -> Any:
     from markdown_it import MarkdownIt
-    from rich.markdown import Markdown
+    from rich.markdown import Heading, Markdown
+
+    class LeftHeading(Heading):
+        LEVEL_ALIGN: ClassVar = dict.fromkeys(Heading.LEVEL_ALIGN, "left")
 
     parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
     # "[1]: Garden plans" is a line of sources and no definition; an image would be shown as its title alone.
     parser.disable(["reference", "image"])
     rendered = Markdown("", hyperlinks=False)
+    rendered.elements = {**Markdown.elements, "heading_open": LeftHeading}  # type: ignore[misc]
     rendered.parsed = parser.parse(text)
     for token in rendered.parsed:
         for child in token.children or ():

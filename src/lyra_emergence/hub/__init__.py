@@ -94,11 +94,14 @@ def look_up(model_id: str, *, revision: str | None = None, timeout: float = 3.0)
             such model, or one that is gated or has no safetensors weights. The hint says what to do.
     """
     _check_id(model_id)
-    import httpx
-    from huggingface_hub import constants, get_session, get_token
+    from huggingface_hub import constants
 
+    # Before what asks the network is imported: that takes half a second of a chat's start.
     if constants.is_offline_mode():
         raise offline(model_id)
+    import httpx
+    from huggingface_hub import get_session, get_token
+
     token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
     get_session()  # its import takes a while, which is no fault of the hub
     try:
