@@ -59,6 +59,7 @@ class StandInHub:
         patience: How many more requests for files are told to come back later.
         tokens: The path of each request that carried a token.
         sent: Bytes of files sent so far.
+        mislabels: Whether the SHA-256 that it names for a file is that of another content.
     """
 
     repositories: dict[str, Path] = field(default_factory=dict)
@@ -74,6 +75,7 @@ class StandInHub:
     patience: int = 0
     tokens: list[str] = field(default_factory=list)
     sent: int = 0
+    mislabels: bool = False
 
     def __enter__(self) -> Self:
         self.closing = threading.Event()
@@ -151,7 +153,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif about_file and self.hub.redirects and not path.startswith("/elsewhere"):
             # By another name the same machine is another host, which must not see the token.
             port = self.hub.url.rpartition(":")[2]
-            self._send(302, b"", {"Location": f"http://localhost:{port}/elsewhere{self.path}"})
+            self._send(
+                302, b"", {"Location": f"http://localhost:{port}/elsewhere{self.path}", **self._linked(about_file)}
+            )
         elif about_file and self.hub.patience > 0:
             self.hub.patience -= 1
             self._send(429, b"{}", {"Retry-After": "0"})
@@ -224,14 +228,27 @@ class _Handler(BaseHTTPRequestHandler):
         with path.open("rb") as stream:
             stream.seek(begin)
             content = stream.read(end - begin)
-        mark = hashlib.sha256(f"{path.name} {size} {path.stat().st_mtime_ns}".encode()).hexdigest()
-        headers = {"ETag": f'"{mark}"', "Accept-Ranges": "bytes", **commit}
+        headers = {"ETag": f'"{self._mark(path)}"', "Accept-Ranges": "bytes", **commit}
         if wanted is None or self.hub.ignores_ranges:
             self._send(200, content, headers)
             return
         self.hub.resumed += 1
         headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size + self.hub.overstated}"
         self._send(206, content, headers)
+
+    def _mark(self, path: Path) -> str:
+        """As the real hub marks its large files; the content of a sparse one of gigabytes is not read for it."""
+        size = path.stat().st_size
+        marked = path.read_bytes() if size < 2**27 else f"{path.name} {size}".encode()
+        return hashlib.sha256(marked + (b"other" if self.hub.mislabels else b"")).hexdigest()
+
+    def _linked(self, about_file: re.Match[str]) -> dict[str, str]:
+        """What the real hub says of a file that lies on another host."""
+        path = self.hub.files(about_file["id"]).get(about_file["file"])
+        if path is None:
+            return {}
+        linked = {"X-Linked-ETag": f'"{self._mark(path)}"', "X-Linked-Size": str(path.stat().st_size)}
+        return {"X-Repo-Commit": self.hub.commit(about_file["id"]), **linked}
 
     def _send(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)

@@ -387,13 +387,15 @@ def test_verbose_tells_every_step() -> None:
     assert console.stderr.getvalue().endswith(" s  map: tiny is open\n")
 
 
-def test_a_person_is_asked_before_a_download() -> None:
+def test_a_person_is_asked_before_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lyra_emergence.cli.prepare.free_disk", lambda: 12_300_000_000)
     console = Console(stdin=io.StringIO("what\nd\n"), stdout=io.StringIO(), stderr=io.StringIO(), environ={})
     remote = RemoteModel("some/model", "abc", ("model.safetensors",), 5_560_000_000)
     assert choose_on_terminal(remote, Path("config.json"), console) == "download"
     assert console.stderr.getvalue() == (
         "some/model (config.json names it) is not on this machine.\n"
         "  d  download it now: 5.56 GB in 1 file\n"
+        "     free on that disk: 12.3 GB\n"
         "  b  use the small bundled model this time\n"
         "Which? [b] Answer d or b.\n"
         "Which? [b] "

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,7 +25,6 @@ from .standin_hub import Fault, StandInHub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -613,3 +613,72 @@ def test_transformers_finds_what_was_downloaded(hub: StandInHub) -> None:
 
     folder = download(look_up(ID))
     assert try_to_load_from_cache(ID, "model.safetensors") == str(folder / "model.safetensors")
+
+
+def large(tmp_path: Path, standin: StandInHub) -> bytes:
+    """Serve a model whose weights are large enough to be kept in part, and return them."""
+    weights = bytes(range(256)) * (140 * 2**10)
+    fill(tmp_path / "large", {**FILES, "model.safetensors": weights})
+    standin.add(ID, tmp_path / "large")
+    return weights
+
+
+DOWNLOADING = f"""
+import os, sys
+from lyra_emergence.hub import download, look_up
+steps = []
+def progress(name, done, total):
+    steps.append((name, done))
+    weights = [done for name, done in steps if name == "model.safetensors"]
+    if sys.argv[1] == "die" and len(weights) == 2:
+        os.kill(os.getpid(), 9)
+print(download(look_up({ID!r}), progress=progress) / "model.safetensors")
+print(min(done for name, done in steps if name == "model.safetensors"))
+"""
+
+
+def test_another_process_goes_on_where_a_killed_one_stopped(tmp_path: Path, hub: StandInHub) -> None:
+    weights = large(tmp_path, hub)
+    home = tmp_path / "hf"
+    environ = {**os.environ, **hub.environment(home)}
+
+    def run(how: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", DOWNLOADING, how]
+        return subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+
+    assert run("die").returncode == -9
+    (part,) = home.rglob("*.lyra-part")
+    kept = part.stat().st_size
+    assert kept >= 2**20
+    done = run("live")
+    assert done.returncode == 0, done.stderr
+    path, least = done.stdout.split()
+    assert Path(path).read_bytes() == weights
+    assert int(least) > kept
+    assert hub.resumed == 1
+    assert not list(home.rglob("*.lyra-part*"))
+
+
+def test_a_large_file_on_another_host_is_kept_as_huggingface_hub_does(
+    tmp_path: Path, hub: StandInHub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = large(tmp_path, hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.redirects = True
+    path = download(look_up(ID)) / "model.safetensors"
+    assert path.read_bytes() == weights
+    assert path.is_symlink()
+    assert not list(cache.rglob("*.lyra-part*"))
+    assert hub.tokens
+    assert not any(asked.startswith("/elsewhere") for asked in hub.tokens)
+
+
+def test_a_large_file_whose_content_is_not_what_the_hub_names_is_refused(
+    tmp_path: Path, hub: StandInHub, cache: Path
+) -> None:
+    large(tmp_path, hub)
+    hub.mislabels = True
+    with pytest.raises(ModelUnavailableError) as caught:
+        download(look_up(ID))
+    assert "model.safetensors arrived damaged: its SHA-256 is not the one that the hub names" in str(caught.value)
+    assert not list(cache.rglob("*.lyra-part"))

@@ -17,6 +17,8 @@ from lyra_emergence.cli.placed import placement_text, weight_shares
 from lyra_emergence.cli.plan import make_plan_for
 from lyra_emergence.cli.plan_view import render_plan, summary
 from lyra_emergence.cli.progress import LoadProgress, fetch, working
+from lyra_emergence.hub import free_disk
+from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -230,6 +232,7 @@ def choose_on_terminal(remote: RemoteModel, asked_by: Path | None, console: Cons
     where = f" ({asked_by} names it)" if asked_by else ""
     console.say(f"{remote.model_id}{where} is not on this machine.")
     console.say(f"  d  download it now: {describe_download(remote)}")
+    console.say(f"     free on that disk: {format_bytes(free_disk())}")
     console.say("  b  use the small bundled model this time")
     while True:
         console.stderr.write("Which? [b] ")

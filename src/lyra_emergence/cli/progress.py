@@ -88,7 +88,8 @@ class LoadProgress:
 
 def fetch(remote: RemoteModel, console: Console) -> Path:
     """Download a model with a progress bar, and return its folder."""
-    console.note(f"downloading {remote.model_id}: {format_bytes(remote.nbytes)}")
+    free = f"{format_bytes(hub.free_disk())} free on the disk"
+    console.note(f"downloading {remote.model_id}: {format_bytes(remote.nbytes)}, {free}")
     if not console.shows_progress:
         folder = hub.download(remote)
         console.note(f"downloaded {remote.model_id}")

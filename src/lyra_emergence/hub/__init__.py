@@ -3,8 +3,8 @@
 `find_local` never touches the network, `look_up` asks the hub once within a time limit, and `download` fetches what
 `look_up` found. Only `download` writes, and only to the Hugging Face cache (HF_HOME, HF_HUB_CACHE).
 
-A download that breaks off goes on where it stopped as long as this process tries again, which huggingface_hub does five
-times without progress. A new process keeps the files that are complete and starts the broken one afresh.
+A download that breaks off goes on where it stopped, while this process tries again, which huggingface_hub does five
+times without progress, and in a new process too (`resume`), but for files below 16 MiB and those behind Xet storage.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from lyra_emergence.checkpoint.json_files import read_object, shown
 from lyra_emergence.errors import CheckpointError, ModelUnavailableError
 from lyra_emergence.hub.errors import UNREACHABLE_HINT, gated, offline, unavailable
 from lyra_emergence.hub.files import has_weights, is_vocabulary, select_files
+from lyra_emergence.hub.resume import LEAST_BYTES, fetch_blob
 from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["RemoteModel", "download", "find_local", "locate", "look_up"]
+__all__ = ["RemoteModel", "download", "find_local", "free_disk", "locate", "look_up"]
 
 _ID = re.compile(r"(?:[A-Za-z0-9_][\w.\-]{0,95}/)?[A-Za-z0-9_][\w.\-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[\w.\-]+(?:/[\w.\-]+)*", re.ASCII)
@@ -300,10 +301,10 @@ def _check_room(remote: RemoteModel) -> None:
 
     snapshot = _repository(remote.model_id) / "snapshots" / remote.revision
     here = sum(path.stat().st_size for file in remote.files if (path := snapshot / file).is_file())
-    needed = remote.nbytes - here
+    parts = (_repository(remote.model_id) / "blobs").glob("*.lyra-part")
+    needed = max(0, remote.nbytes - here - sum(path.stat().st_size for path in parts))
     cache = Path(constants.HF_HUB_CACHE).absolute()
-    existing = next(path for path in (cache, *cache.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_disk()
     if needed > free:
         raise ModelUnavailableError(
             f"{remote.model_id} needs {format_bytes(needed)}, and the disk of {cache} has {format_bytes(free)} free",
@@ -311,12 +312,26 @@ def _check_room(remote: RemoteModel) -> None:
         )
 
 
+def free_disk() -> int:
+    """Return the bytes that are free where downloads go."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    existing = next(path for path in (cache, *cache.parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
 def _fetch(remote: RemoteModel, file: str, progress: Callable[[str, int, int], None] | None) -> Path:
     import httpx
     from huggingface_hub import hf_hub_download
 
+    meter = _meter(file, progress)
+    large = dict(zip(remote.files, remote.sizes, strict=False)).get(file, 0) >= LEAST_BYTES
+    snapshot = _repository(remote.model_id) / "snapshots" / remote.revision
     try:
-        path = hf_hub_download(remote.model_id, file, revision=remote.revision, tqdm_class=_meter(file, progress))
+        if large and not (snapshot / file).exists():
+            fetch_blob(_repository(remote.model_id), remote.model_id, file, remote.revision, meter)
+        path = hf_hub_download(remote.model_id, file, revision=remote.revision, tqdm_class=meter)
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         # ValueError: a name that huggingface_hub refuses. RuntimeError: what hf_xet raises for its own connections.
         raise unavailable(remote.model_id, error, file=file) from error
