@@ -110,18 +110,20 @@ class ConversationStore:
     Args:
         path: The file, which must be there; an empty one will do.
         on_problem: Called with a line when a damaged file is put aside, or something can no longer be written.
+        mend: Put a damaged file aside and begin a new one; otherwise it is an error.
 
     Raises:
         ConversationError: The file cannot be used, or a newer version of Lyra wrote it.
     """
 
-    def __init__(self, path: Path, on_problem: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, on_problem: Callable[[str], None], *, mend: bool = True) -> None:
         self.path = path
         self._on_problem = on_problem
         try:
             self._database = _connect(path)
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):  # busy, read-only, full: nothing wrong with what it holds
+            # Busy, read-only, full: nothing is wrong with what the file holds.
+            if not mend or isinstance(error, sqlite3.OperationalError):
                 raise ConversationError(f"{path}: {error}") from error
             self._database = self._begin_anew(error)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -233,7 +235,13 @@ def test_several_models_must_be_named(capsys: pytest.CaptureFixture[str]) -> Non
         assert server.asked[0]["model"] == "b"
 
 
-def test_another_machine_is_named_and_offline_forbids_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_machine_is_named_and_offline_forbids_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What --offline changes in this process is set back behind the test.
+    monkeypatch.setenv("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "0"))
+    monkeypatch.setenv("TRANSFORMERS_OFFLINE", os.environ.get("TRANSFORMERS_OFFLINE", "0"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
     assert main(["--offline", "--endpoint", "http://192.0.2.1/v1", "heron?"]) == 2
     assert capsys.readouterr().err == (
         "error: --offline forbids to ask http://192.0.2.1/v1\nhint: leave one of the two out\n"

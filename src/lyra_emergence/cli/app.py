@@ -346,12 +346,16 @@ def plan_command(
     measure: Annotated[
         bool, typer.Option("--measure", help="measure first how fast this machine is and what torch takes")
     ] = False,
+    offline: OfflineOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="the plan as JSON")] = False,
     verbose: VerboseOption = False,
 ) -> int:
     """Show where each layer would go, without loading."""
     from lyra_emergence.cli.plan import PlanRequest, run_plan
+    from lyra_emergence.cli.start import go_offline
 
+    if offline:
+        go_offline()
     options = Options(
         model=target or model,
         model_config=model_config,
@@ -405,13 +409,14 @@ def doctor_command(
     model: ModelOption = None,
     model_config: ModelConfigOption = None,
     journal: Annotated[Path | None, typer.Option("--journal", metavar="PATH", help="the journal to check")] = None,
+    offline: OfflineOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="the findings as JSON")] = False,
     verbose: VerboseOption = False,
 ) -> int:
     """Check this installation, and say what the bundled model is."""
     from lyra_emergence.cli.doctor import run_doctor
 
-    options = Options(model=model, model_config=model_config, journal=journal, json=as_json)
+    options = Options(model=model, model_config=model_config, journal=journal, offline=offline, json=as_json)
     return run_doctor(options, Console(verbose=verbose))
 
 

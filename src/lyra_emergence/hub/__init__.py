@@ -106,7 +106,7 @@ def look_up(model_id: str, *, revision: str | None = None, timeout: float = 3.0)
     token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
     get_session()  # its import takes a while, which is no fault of the hub
     try:
-        listing = _within(timeout, lambda: _ask(model_id, revision, token, timeout))
+        listing = within(timeout, lambda: _ask(model_id, revision, token, timeout))
     except (TimeoutError, httpx.TimeoutException):
         raise ModelUnavailableError(
             f"{model_id} is not on this machine, and {constants.ENDPOINT} did not answer within {timeout:g} s",
@@ -222,7 +222,7 @@ def _has_tokenizer(repository: Path, snapshot: Path) -> bool:
     return isinstance(listing, dict) and not any(is_vocabulary(name) for name in listing)
 
 
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
+def within(seconds: float, call: Callable[[], Any]) -> Any:
     """Return what `call` returns, or raise TimeoutError once `seconds` have passed.
 
     httpx limits each step alone, and the resolution of names not at all. The thread that was too slow is left behind.
