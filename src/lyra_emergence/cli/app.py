@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 from lyra_emergence.cli.cache import cache_app
 from lyra_emergence.cli.config import config_app
 from lyra_emergence.cli.console import Console, knows_ascii_alone, writing_output
 from lyra_emergence.cli.options import Options
+from lyra_emergence.cli.program import DEFAULT_COMMAND, Command, Program, forget_stdout
 from lyra_emergence.cli.status import FAILED, INTERRUPTED, USAGE
 from lyra_emergence.errors import LyraError
 
@@ -23,12 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["app", "run"]
 
 _PROGRAM_NAMES: Final = frozenset({"lyra.py", "lyra", "lyra.exe"})
-_DEFAULT_COMMAND: Final = "chat"
-_FOREMOST: Final = (
-    *("--model", "--model-config", "--max-memory", "--context", "--journal", "--rerank"),
-    *("--endpoint", "--continue", "--offline", "--json"),
-)
-"""Options of the chat that the page of `--help` has room for."""
 # typer keeps its copy of click private; its public BadParameter leads to the base of all usage errors.
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
@@ -43,7 +37,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("\n")  # the terminal shows ^C where the cursor was
         return INTERRUPTED
     except BrokenPipeError:
-        _forget_stdout()
+        forget_stdout()
         return 0
     except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback unless it is asked for
         # A parse that fails knows no options yet, so --verbose is looked for by hand.
@@ -82,7 +76,7 @@ def _program_name() -> str:
 
 def _usage_of(error: Any) -> str:
     context = error.ctx
-    if context is None or context.info_name == _DEFAULT_COMMAND:
+    if context is None or context.info_name == DEFAULT_COMMAND:
         return _program_name()
     return str(context.command_path)
 
@@ -109,96 +103,8 @@ def _tolerate_any_encoding() -> None:
             reconfigure(encoding="ascii" if ascii_alone else None, errors="replace")
 
 
-def _forget_stdout() -> None:
-    """Let the interpreter's last flush of a closed pipe go nowhere instead of printing an error."""
-    try:
-        descriptor = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(descriptor, sys.stdout.fileno())
-    except (OSError, ValueError):
-        return
-    os.close(descriptor)
-
-
-def _write_options(parameters: list[Any], context: Any, formatter: Any) -> None:
-    """Write options as one table, a line each."""
-    rows = []
-    for parameter in parameters:
-        record = parameter.get_help_record(context)
-        if record is not None and parameter.param_type_name == "option":
-            # typer appends the range to the text ("[x>=1]"); an error names it where it matters.
-            rows.append((record[0], record[1].partition("  [")[0].replace("Show this", "show this").rstrip(".")))
-    with formatter.section("Options"):
-        formatter.write_dl(rows)
-
-
-class _Command(TyperCommand):
-    """A command whose help is plain text that fits 80 columns."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options, a line each."""
-        _write_options(self.get_params(ctx), ctx, formatter)
-
-
-class _Program(TyperGroup):
-    """The whole program: a first word that is a command runs it, any other first word belongs to the chat."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the command's name first, wherever among the options it stood."""
-        return super().parse_args(ctx, self._routed(args))
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command; typer would turn Ctrl-C and a closed pipe into exits of its own."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise typer.Abort from None
-        except BrokenPipeError:
-            _forget_stdout()
-            return 0
-
-    def _routed(self, args: list[str]) -> list[str]:
-        valued = self._options_with_value()
-        position = 0
-        while position < len(args):
-            word = args[position]
-            if word in {"--help", "--version"}:
-                return [word]
-            if word == "--":
-                break
-            if not word.startswith("-") or word == "-":
-                if word in self.commands:
-                    return [word, *args[:position], *args[position + 1 :]]
-                break
-            position += 2 if word in valued else 1
-        if "--help" in args[position:] and "--" not in args:
-            return ["--help"]
-        return [_DEFAULT_COMMAND, *args]
-
-    def _options_with_value(self) -> set[str]:
-        return {
-            name
-            for command in self.commands.values()
-            for parameter in command.params
-            if parameter.param_type_name == "option" and not getattr(parameter, "is_flag", False)
-            for name in parameter.opts
-        }
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the page of `--help`: how to call it, the chat's options, the commands."""
-        name = ctx.command_path
-        chat = self.commands[_DEFAULT_COMMAND].params
-        foremost = [parameter for parameter in chat if set(_FOREMOST).intersection(parameter.opts)]
-        formatter.write(f"Usage: {name} [OPTIONS] [PROMPT]   or   {name} COMMAND [OPTIONS]\n\n")
-        formatter.write((self.help or "").strip() + "\n")
-        _write_options([*foremost, *(p for p in self.get_params(ctx) if "--help" in p.opts)], ctx, formatter)
-        formatter.write(f"  More: {name} {_DEFAULT_COMMAND} --help\n")
-        with formatter.section("Commands"):
-            rows = [(key, command.get_short_help_str(70).rstrip(".")) for key, command in self.commands.items()]
-            formatter.write_dl([row for row in rows if row[0] != _DEFAULT_COMMAND])
-
-
 app = typer.Typer(
-    cls=_Program,
+    cls=Program,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -246,7 +152,7 @@ def program(
     """Hold the program's own options."""
 
 
-@app.command(_DEFAULT_COMMAND, cls=_Command)
+@app.command(DEFAULT_COMMAND, cls=Command)
 def chat_command(
     *,
     words: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...")] = None,
@@ -318,7 +224,7 @@ def chat_command(
     return run_ask(prompt, options, console)
 
 
-@app.command("plan", cls=_Command)
+@app.command("plan", cls=Command)
 def plan_command(
     *,
     target: Annotated[str | None, typer.Argument(metavar="MODEL_OR_PATH")] = None,
@@ -370,7 +276,7 @@ def plan_command(
     return run_plan(options, request, Console(verbose=verbose))
 
 
-@app.command("bench", cls=_Command)
+@app.command("bench", cls=Command)
 def bench_command(
     *,
     target: Annotated[str | None, typer.Argument(metavar="MODEL_OR_PATH")] = None,
@@ -403,7 +309,7 @@ def bench_command(
     return run_bench(options, prompt, new, rounds, Console(verbose=verbose))
 
 
-@app.command("doctor", cls=_Command)
+@app.command("doctor", cls=Command)
 def doctor_command(
     *,
     model: ModelOption = None,
