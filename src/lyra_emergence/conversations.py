@@ -234,7 +234,7 @@ class ConversationLog:
         found = _dump([asdict(source) for source in sources])
         row = self._write((_ENSURE, known), (_ASK, (self.id, now, question, found)))
         self._row = (row, at)
-        self._written = time.monotonic()
+        self._written = 0.0  # the first word is kept at once
 
     def progress(self, text: str) -> None:
         """Keep what has come of the answer, if the last time was a second ago."""

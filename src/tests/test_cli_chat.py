@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import stat
 import sys
@@ -28,6 +29,7 @@ from lyra_emergence.cli.keeping import Keeping
 from lyra_emergence.cli.markdown import BlockSplitter, MarkdownStream
 from lyra_emergence.cli.options import Options
 from lyra_emergence.cli.placed import placement_text, weight_shares
+from lyra_emergence.cli.prepare import prepare
 from lyra_emergence.cli.settings import SETTINGS, Settings, change
 from lyra_emergence.conversations import ConversationStore, open_store
 from lyra_emergence.errors import ConfigError, DoesNotFitError, LyraError
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lyra_emergence.journal import JournalIndex
+
+    from .simulated_accelerator import SimulatedAccelerator
 
 
 @pytest.fixture(autouse=True)
@@ -464,6 +468,21 @@ def test_shares_follow_the_blocks() -> None:
     assert weight_shares(plan, now) == {"GPU": 20, "CPU": 40, "disk": 40}
 
 
+def test_a_model_on_two_devices_says_so_and_follows_its_blocks(
+    sim: SimulatedAccelerator, checkpoints: Callable[[str], Path]
+) -> None:
+    console = console_on()
+    prepared = prepare(Options(model=str(checkpoints("llama")), max_memory=("0=100%",)), console)
+    opened = prepared.open(lambda _: None)
+    try:
+        assert opened.placement() == "100% GPU"
+        opened.loaded.residency.step_down("sim:0", 1)
+        assert re.fullmatch(r"\d+% GPU / \d+% CPU", opened.placement())
+    finally:
+        opened.close()
+    assert sim is not None
+
+
 @pytest.mark.parametrize("width", [20, 40, 80])
 def test_the_status_line_fits_and_drops_the_name_first(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
@@ -492,8 +511,6 @@ def rendered(text: str, width: int = 60, piece: int = 3, **environ: str) -> str:
 
 def settled(written: str) -> str:
     """Play what was written on a screen of lines: cursor up, erase, and text."""
-    import re
-
     screen: list[str] = [""]
     row = 0
     for token in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|\n|\r|[^\x1b\n\r]+", written):

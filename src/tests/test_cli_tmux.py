@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from .standin_hub import StandInHub
 from .standin_server import StandInServer
 from .tmux import MISSING, Tmux
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 pytestmark = pytest.mark.skipif(MISSING, reason="tmux is not installed")
 
@@ -64,17 +65,25 @@ def test_a_conversation_with_the_bundled_model(tmp_path: Path) -> None:
 
 def test_the_prompt_is_there_soon_and_what_is_typed_waits_for_the_model(tmp_path: Path) -> None:
     times = []
-    for _ in range(3):
+    for _ in range(5):
         with lyra(tmp_path) as terminal:
             terminal.wait_for("^>")
-            times.append(time.monotonic() - terminal.began)
-            screen = terminal.wait_for("loading the model|100% CPU")
-            if min(times) < START_SECONDS:
+            times.append(start_seconds(terminal))
+            if times[-1] < START_SECONDS:
                 terminal.type(QUESTION, "Enter")
-                screen = terminal.wait_for("^Biscuit dug up one basil plant")
+                terminal.wait_for("loading the model|^Biscuit", 120)
+                terminal.wait_for("^Biscuit dug up one basil plant", 120)
                 break
-    assert "loading the model" in screen or "Biscuit" in screen
     assert min(times) < START_SECONDS, times
+
+
+def start_seconds(terminal: Tmux) -> float:
+    """How long the program has taken: by the clock, or, where others keep the processors busy, of their time."""
+    passed = time.monotonic() - terminal.began
+    if os.getloadavg()[0] < (os.cpu_count() or 1):
+        return passed
+    fields = Path(f"/proc/{terminal.process('lyra.py')}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_leaving_while_the_model_loads(tmp_path: Path) -> None:
@@ -143,6 +152,18 @@ def test_a_killed_chat_goes_on_where_it_was(tmp_path: Path) -> None:
         with lyra(tmp_path, "-c", "--endpoint", stand_in.url) as terminal:
             screen = terminal.ready()
             assert re.search(r"conversation \S+, 1 turn so far\n> Tell me a long story.\nThe heron came\n", screen)
+
+
+def test_an_answer_that_a_kill_cuts_off_is_kept_as_far_as_it_came(tmp_path: Path) -> None:
+    with server("The heron ", fault="hanging") as stand_in:
+        with lyra(tmp_path, "--endpoint", stand_in.url) as terminal:
+            terminal.ready()
+            terminal.type("Tell me a long story.", "Enter")
+            terminal.wait_for("^The heron")
+            os.kill(terminal.process("lyra.py"), signal.SIGKILL)
+            terminal.wait_for("^status 137$")
+        with lyra(tmp_path, "-c", "--endpoint", stand_in.url) as terminal:
+            assert "1 turn so far\n> Tell me a long story.\nThe heron\n" in terminal.ready()
 
 
 def test_several_lines_and_the_history_of_an_earlier_chat(tmp_path: Path) -> None:
@@ -234,6 +255,33 @@ def test_a_terminal_that_knows_ascii_alone(tmp_path: Path) -> None:
         assert terminal.screen(history=True).isascii()
 
 
+def test_wide_signs_keep_to_the_width(tmp_path: Path) -> None:
+    text = "\u65e5\u672c\u8a9e " * 20 + "\n\n- \u0645\u0631\u062d\u0628\u0627 [1]\n"
+    with (
+        server(*re.findall(".{1,5}", text, re.DOTALL)) as stand_in,
+        lyra(tmp_path, "--endpoint", stand_in.url, columns=40, rows=40) as terminal,
+    ):
+        terminal.ready()
+        terminal.type("When did I plan the garden?", "Enter")
+        screen = terminal.wait_for(r"^\[1\] \d{4}-")
+        shown = [line for line in screen.splitlines() if "\u65e5" in line or "\u672c" in line]
+        assert len(shown) == 4
+        assert all(line.split() == ["\u65e5\u672c\u8a9e"] * len(line.split()) for line in shown)
+
+
+def test_a_terminal_of_another_script(tmp_path: Path) -> None:
+    """Greek, which has no sign for a bullet: Markdown stays as written, and what cannot be shown is a question mark."""
+    with (
+        server("- \u03ba\u03b1\u03bb\u03ae **noon** \u65e5 [1]") as stand_in,
+        lyra(tmp_path, "--endpoint", stand_in.url, rows=40, environ={"PYTHONIOENCODING": "iso-8859-7"}) as terminal,
+    ):
+        terminal.wait_for("^>")
+        terminal.type("When did I plan the garden?", "Enter")
+        screen = terminal.wait_for(r"^\[1\] \d{4}-")
+        assert "**noon** ? [1]" in screen
+        assert "Traceback" not in screen
+
+
 def test_a_server_that_fails_is_said_and_the_chat_goes_on(tmp_path: Path) -> None:
     with server("Yes.", fault="busy") as stand_in, lyra(tmp_path, "--endpoint", stand_in.url) as terminal:
         terminal.ready()
@@ -253,6 +301,29 @@ def test_a_model_that_cannot_be_loaded_ends_the_chat(tmp_path: Path) -> None:
         screen = terminal.wait_for("^status 1$")
         assert "cannot be reached" in screen
         assert "hint: check that the server runs, and the host and port" in screen
+
+
+def test_a_person_is_asked_before_a_download_and_sees_it_come(
+    tmp_path: Path, checkpoints: Callable[[str], Path]
+) -> None:
+    (tmp_path / "model_config.json").write_text('{"model_id": "owner/tiny", "pipeline_kwargs": {"max_new_tokens": 4}}')
+    with StandInHub() as hub:
+        hub.add("owner/tiny", checkpoints("llama"))
+        with lyra(tmp_path, rows=40, environ=hub.environment(tmp_path / "hf")) as terminal:
+            screen = terminal.wait_for(r"^Which\? \[b\]")
+            assert re.search(r"^owner/tiny \(.*names it\) is not on this machine\.$", screen, re.MULTILINE)
+            assert re.search(r"^  d  download it now: \S+ [kM]B in \d files$", screen, re.MULTILINE)
+            assert re.search(r"^     free on that disk: \S+ GB$", screen, re.MULTILINE)
+            assert not any("resolve" in path for _, path in hub.requests)
+            terminal.type("d", "Enter")
+            terminal.ready()
+            screen = terminal.screen(history=True)
+            assert "note: downloading owner/tiny: " in screen
+            terminal.type("Hello?", "Enter")
+            terminal.wait_for(r"owner/tiny .* 100% CPU .* context \d+/256", 120)
+            terminal.ready()
+            terminal.type("C-d")
+            terminal.wait_for("^status 0$")
 
 
 # --- in a shell, without a terminal -----------------------------------------------------------------------------------
