@@ -86,6 +86,20 @@ def start_seconds(terminal: Tmux) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def test_ctrl_c_takes_back_a_question_that_waits_for_the_model(tmp_path: Path) -> None:
+    with lyra(tmp_path) as terminal:
+        terminal.wait_for("^>")
+        terminal.type("When is the last frost?", "Enter")
+        terminal.wait_for(r"^loading the model|^compiling")
+        terminal.type("C-c")
+        terminal.wait_for(r"^\(stopped\)")
+        terminal.ready()
+        terminal.type(QUESTION, "Enter")
+        screen = terminal.wait_for("^Biscuit dug up one basil plant", 120)
+        assert "^C" not in screen
+        assert "[1]" not in screen.partition("(stopped)")[0]
+
+
 def test_leaving_while_the_model_loads(tmp_path: Path) -> None:
     with lyra(tmp_path) as terminal:
         terminal.ready()

@@ -210,9 +210,9 @@ class Chat:
 
     def show(self, begin: Callable[[], Generator[ChatChunk, None, None]]) -> None:
         """Print the answer that `begin` begins."""
-        session = self.session
         try:
             with silent_keys(self.console.stdin):
+                session = self.session
                 print_answer(session, begin(), self.console, self._view)
         finally:
             self.console.say()
