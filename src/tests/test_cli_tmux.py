@@ -25,7 +25,6 @@ pytestmark = pytest.mark.skipif(MISSING, reason="tmux is not installed")
 ROOT = Path(__file__).parents[2]
 LYRA = (sys.executable, str(ROOT / "lyra.py"))
 QUESTION = "Who dug up a basil plant?"
-START_SECONDS = 1.5
 
 
 @pytest.fixture(autouse=True)
@@ -63,27 +62,14 @@ def test_a_conversation_with_the_bundled_model(tmp_path: Path) -> None:
         terminal.wait_for("^status 0$")
 
 
-def test_the_prompt_is_there_soon_and_what_is_typed_waits_for_the_model(tmp_path: Path) -> None:
-    times = []
-    for _ in range(5):
-        with lyra(tmp_path) as terminal:
-            terminal.wait_for("^>")
-            times.append(start_seconds(terminal))
-            if times[-1] < START_SECONDS:
-                terminal.type(QUESTION, "Enter")
-                terminal.wait_for("loading the model|^Biscuit", 120)
-                terminal.wait_for("^Biscuit dug up one basil plant", 120)
-                break
-    assert min(times) < START_SECONDS, times
-
-
-def start_seconds(terminal: Tmux) -> float:
-    """How long the program has taken: by the clock, or, where others keep the processors busy, of their time."""
-    passed = time.monotonic() - terminal.began
-    if os.getloadavg()[0] < (os.cpu_count() or 1):
-        return passed
-    fields = Path(f"/proc/{terminal.process('lyra.py')}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def test_the_prompt_is_there_before_the_model_and_what_is_typed_waits_for_it(tmp_path: Path) -> None:
+    with lyra(tmp_path) as terminal:
+        screen = terminal.wait_for("^>")
+        assert "100% CPU" not in screen
+        terminal.type(QUESTION, "Enter")
+        terminal.wait_for("loading the model|^Biscuit", 120)
+        terminal.wait_for("^Biscuit dug up one basil plant", 120)
+        terminal.wait_for("100% CPU")
 
 
 def test_ctrl_c_takes_back_a_question_that_waits_for_the_model(tmp_path: Path) -> None:
@@ -104,9 +90,8 @@ def test_leaving_while_the_model_loads(tmp_path: Path) -> None:
     with lyra(tmp_path) as terminal:
         terminal.ready()
         terminal.type("C-d")
-        began = time.monotonic()
         screen = terminal.wait_for("^status 0$")
-        assert time.monotonic() - began < 3
+        assert "100% CPU" not in screen
         assert "Traceback" not in screen
 
 
