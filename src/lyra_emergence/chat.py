@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.errors import DoesNotFitError, GenerationError
+from lyra_emergence.journal.index import Found
 from lyra_emergence.journal.search import asks_for_overview, best_part, terms
 from lyra_emergence.journal.text import flowing, plain, words
 from lyra_emergence.prompting import Excerpt, Exchange, PromptWriter
@@ -222,13 +223,13 @@ class ChatSession:
     def _search(self, question: str) -> tuple[tuple[Source, ...], tuple[str, ...]]:
         if self._journal is None:
             return (), ()
-        if not self._journal.entries:
+        if not self._journal.count:
             return (), ("the journal holds no entries yet",)
         if asks_for_overview(question):
-            hits = self._journal.latest(self._passages)
+            found = Found(self._journal.latest(self._passages))
         else:
-            hits = self._journal.search(self._standalone(question), self._passages)
-        return tuple(_source(number, hit) for number, hit in enumerate(hits, start=1)), ()
+            found = self._journal.find(self._standalone(question), self._passages)
+        return tuple(_source(number, hit) for number, hit in enumerate(found.hits, start=1)), found.said
 
     def _standalone(self, question: str) -> str:
         """Return the question, with the one before it where it seems to refer back."""

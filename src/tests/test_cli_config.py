@@ -112,6 +112,8 @@ dtype                        default       null
 context_length               default       null
 cpu_kernels                  default       true
 packed_cache                 default       20GB
+embedding_model              default       null
+rerank_model                 default       null
 trust_remote_code            default       false
 """,
         "",

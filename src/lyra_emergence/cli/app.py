@@ -13,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 from lyra_emergence.cli.cache import cache_app
 from lyra_emergence.cli.config import config_app
 from lyra_emergence.cli.console import Console, writing_output
+from lyra_emergence.cli.journal import journal_app
 from lyra_emergence.cli.options import Options
 from lyra_emergence.cli.status import FAILED, INTERRUPTED, USAGE
 from lyra_emergence.errors import LyraError
@@ -390,6 +391,7 @@ def doctor_command(
 
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
+app.add_typer(journal_app, name="journal")
 
 
 def _is_terminal_stdin(console: Console) -> bool:

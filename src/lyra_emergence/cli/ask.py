@@ -63,7 +63,7 @@ def _answer_as_data(session: ChatSession, text: str, prepared: Prepared, loaded:
         "notes": list(answer.notes),
         "stats": answer.stats and asdict(answer.stats) | {"tokens_per_second": answer.stats.tokens_per_second},
         "model": {"id": prepared.choice.config.model_id, "stands_in": prepared.choice.stands_in},
-        "journal": prepared.journal and str(prepared.journal.journal.path),
+        "journal": prepared.journal and str(prepared.journal.path),
         "plan": plan,
         "load": loaded.report.to_json(),
     }

@@ -1,6 +1,6 @@
 """Dates that a question names: "2025-03-02", "2025-03", "March 3", "3 March 2025", "March 2025", "in March".
 
-Days without a year mean that day of any year. "Last week" and other dates relative to today are not read here.
+What they mean on a calendar, and dates such as "last week", are `periods`' matter.
 """
 
 from __future__ import annotations
