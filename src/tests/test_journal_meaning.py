@@ -269,5 +269,5 @@ def test_vectors_are_kept_up_with_the_store() -> None:
 
 
 def test_fusion_by_hand() -> None:
-    scores = fuse([(1.0, [1, 2]), (2.0, [2, 3])], k=10)
-    assert scores == {1: 1 / 11, 2: 1 / 12 + 2 / 11, 3: 2 / 12}
+    scores = fuse([[(1, 1.0), (2, 1.0)], [(2, 2.0), (3, 0.5)]], k=10)
+    assert scores == {1: 1 / 11, 2: 1 / 12 + 2 / 11, 3: 0.5 / 12}

@@ -71,6 +71,7 @@ def test_each_date_is_read_once() -> None:
 def test_what_is_left_to_look_for() -> None:
     asked = read_question("Who visited last week, and on May 3?", FRIDAY, lambda _first, _last: True)
     assert asked.text.split() == ["Who", "visited", ",", "and", "on", "May", "3?"]
+    assert asked.topic.split() == ["Who", "visited", ",", "and", "on", "?"]
 
 
 def test_it_is_said_how_it_was_counted() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datetime import date
 
-__all__ = ["NamedDate", "named_dates"]
+__all__ = ["NamedDate", "named_dates", "without_dates"]
 
 _MONTHS = (
     "january", "february", "march", "april", "may", "june",
@@ -66,6 +66,13 @@ def named_dates(question: str) -> tuple[NamedDate, ...]:
                 found.append(named)
         rest = form.sub(" ", rest)
     return tuple(found)
+
+
+def without_dates(question: str) -> str:
+    """Return `question` without the words that `named_dates` reads."""
+    for form in _FORMS:
+        question = form.sub(" ", question)
+    return question
 
 
 def _named(groups: dict[str, str | None]) -> NamedDate | None:

@@ -17,15 +17,15 @@ __all__ = ["fuse"]
 K: Final = 60
 
 
-def fuse(rankings: Iterable[tuple[float, Sequence[int]]], k: int = K) -> dict[int, float]:
+def fuse(rankings: Iterable[Sequence[tuple[int, float]]], k: int = K) -> dict[int, float]:
     """Return the score of each row in any of the rankings.
 
     Args:
-        rankings: Each a weight and rows, best first.
+        rankings: Each rows with their weights, best first.
         k: How slowly a rank's worth falls.
     """
     scores: dict[int, float] = {}
-    for weight, rows in rankings:
-        for rank, row in enumerate(rows, start=1):
+    for ranking in rankings:
+        for rank, (row, weight) in enumerate(ranking, start=1):
             scores[row] = scores.get(row, 0.0) + weight / (k + rank)
     return scores

@@ -13,14 +13,14 @@ import threading
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from lyra_emergence.errors import JournalError
 from lyra_emergence.journal import search
 from lyra_emergence.journal.entries import Journal, JournalEntry
 from lyra_emergence.journal.filters import Filter
 from lyra_emergence.journal.periods import anchor_for, read_question
-from lyra_emergence.journal.retrieval import POOL, Retrieval
+from lyra_emergence.journal.retrieval import Retrieval
 from lyra_emergence.journal.search import Hit
 from lyra_emergence.journal.splitting import PLAIN, described
 from lyra_emergence.journal.store import Store, is_damage
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lyra_emergence.journal.embeddings import EmbeddingModel
-    from lyra_emergence.journal.periods import Period
+    from lyra_emergence.journal.periods import Asked, Period
     from lyra_emergence.journal.rerank import Reranker
     from lyra_emergence.journal.splitting import Splitter
 
@@ -40,6 +40,8 @@ __all__ = ["Found", "JournalIndex", "index_unusable"]
 
 
 _T = TypeVar("_T")
+_RERANKED: Final = 32
+"""Passages that a reranker looks at: it takes some milliseconds for each."""
 
 
 def index_unusable(path: Path | None, error: Exception) -> JournalError:
@@ -198,7 +200,7 @@ class JournalIndex:
     def _find(self, question: str, limit: int, kept: Filter) -> Found:
         with self._lock:
             asked = read_question(question, anchor_for(self._newest(), self._today()), self._has_entries)
-            scored = self._reranked(asked.text, self._retrieval.candidates(asked, kept))
+            scored = self._reranked(asked, self._retrieval.candidates(asked, kept))
             hits = self._hits(scored, search.terms(asked.text), limit)
         return Found(hits, tuple(self._said(asked.periods)))
 
@@ -260,20 +262,22 @@ class JournalIndex:
                 none = "" if self._has_entries(period.first, period.last) else "; no entry is of then"
                 yield period.said + none
 
-    def _reranked(self, question: str, candidates: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    def _reranked(self, asked: Asked, candidates: list[tuple[int, float]]) -> list[tuple[int, float]]:
         if self._reranker is None or len(candidates) < 2:  # noqa: PLR2004
             return candidates
-        rows = [row for row, _ in candidates][: 2 * POOL]
+        rows = [row for row, _ in candidates][:_RERANKED]
         texts = self._texts(rows)
         rows = [row for row in rows if row in texts]
         try:
-            scores = self._reranker.score(question, [described(*texts[row]) for row in rows])
+            scores = self._reranker.score(asked.topic, [described(*texts[row]) for row in rows])
         except Exception as exc:  # noqa: BLE001  # whatever is wrong with a model's files, the search answers
             name, self._reranker = self._reranker.name, None
             kind = "words" if self.embedding is None else "search"
             self.note(f"reranking with {name} failed, so the order is that of the {kind}: {exc}")
             return candidates
-        return self._retrieval.ordered(dict(zip(rows, scores, strict=True)))
+        lifted, lift = self._retrieval.lifted(asked, rows), self._reranker.date_lift
+        scored = zip(rows, scores, strict=True)
+        return self._retrieval.ordered({row: score + lift * (row in lifted) for row, score in scored})
 
     def _texts(self, rows: list[int]) -> dict[int, tuple[str, str]]:
         """Return title and text of each passage that is there."""

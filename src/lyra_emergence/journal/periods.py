@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Final
 
-from lyra_emergence.journal.dates import named_dates
+from lyra_emergence.journal.dates import named_dates, without_dates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -81,11 +81,13 @@ class Asked:
     """A question, read.
 
     Attributes:
-        text: The question without the words that only count days ("last week"); what else it asks for.
+        text: The question without the words that only count days ("last week").
+        topic: The question without any words for days ("in March 2025" neither): what it is about.
         periods: The days that it means; an entry of any of them will do. None for any day.
     """
 
     text: str
+    topic: str
     periods: tuple[Period, ...]
 
 
@@ -114,7 +116,8 @@ def read_question(question: str, anchor: Anchor, has_entries: Callable[[date, da
         head = form.sub(" ", head)
     named = (_resolved(date_, anchor, has_entries) for date_ in named_dates(head))
     found += [period for period in named if period is not None]
-    return Asked(head + tail, tuple(dict.fromkeys(found)))
+    topic = without_dates(head) if found else head
+    return Asked(head + tail, topic + tail, tuple(dict.fromkeys(found)))
 
 
 def _sound(read: _Reader, match: re.Match[str], day: date) -> tuple[date, date] | None:

@@ -1,6 +1,8 @@
 """The passages that a question may be about, by each way that there is, and fused.
 
-Each way ranks passages by itself, those of the days that the question means being lifted in each. A passage that has no
+Each way ranks passages by itself, those of the days that the question means being lifted in each. In the fusion a
+passage's place among the words counts by the square of its share of the question's words, so that one common word in a
+question that is worded otherwise does not outweigh the meaning (docs/journal.md has the figures). A passage that has no
 vector yet is found by its words: vectors are made as searches go on, for a few seconds each time, the newest passages
 first, or all at once by `embed`.
 """
@@ -15,7 +17,7 @@ from lyra_emergence.journal import search
 from lyra_emergence.journal.filters import Filter, Those
 from lyra_emergence.journal.fusion import fuse
 from lyra_emergence.journal.splitting import described
-from lyra_emergence.journal.word_search import WordSearch
+from lyra_emergence.journal.word_search import ByWords, WordSearch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["POOL", "Retrieval"]
 
-POOL: Final = 32
+POOL: Final = 64
 """Passages that each way brings."""
 _DATE_BONUS: Final = 6.0
 """Added to a BM25 score for a day that is meant: about what two rare words that match are worth."""
@@ -67,13 +69,25 @@ class Retrieval:
     def candidates(self, asked: Asked, kept: Filter) -> list[tuple[int, float]]:
         """Return the passages worth considering with their scores, best first."""
         telling = search.terms(asked.text)
-        meant = kept.within(asked.periods) if asked.periods else None
+        meant = self.meant(asked, kept)
         by_words = self.by_words(telling, kept, meant)
-        by_meaning = self.by_meaning(asked.text, kept, meant) if telling else {}
+        by_meaning = self.by_meaning(asked.topic, kept, meant) if telling else {}
         if not by_meaning:
-            return self.ordered(by_words)
-        rankings = (self.ordered(scores) for scores in (by_words, by_meaning))
-        return self.ordered(fuse((1.0, [row for row, _ in ranking]) for ranking in rankings))
+            lifted = dict.fromkeys(self._dated(meant), _DATE_BONUS)
+            return self.ordered(lifted | {row: found.score for row, found in by_words.items()})
+        words = [(row, by_words[row].coverage ** 2) for row, _ in self.ordered(_scores(by_words))]
+        meanings = [(row, 1.0) for row, _ in self.ordered(by_meaning)]
+        return self.ordered(fuse((words, meanings)))
+
+    def meant(self, asked: Asked, kept: Filter) -> Filter | None:
+        """Return the filter for the days that the question means, or None where it names none."""
+        return kept.within(asked.periods) if asked.periods else None
+
+    def lifted(self, asked: Asked, rows: Iterable[int]) -> set[int]:
+        """Return which of the passages are of a day that the question means."""
+        spans = [(period.first.toordinal(), period.last.toordinal()) for period in asked.periods]
+        days = dict(self.rows_of("number, day", rows))
+        return {row for row, day in days.items() if any(first <= day <= last for first, last in spans)}
 
     def ordered(self, scores: dict[int, float]) -> list[tuple[int, float]]:
         """Return rows by score; where two are equal, the newer comes first."""
@@ -95,10 +109,9 @@ class Retrieval:
         statement = f"SELECT number FROM passages WHERE {condition} ORDER BY moment DESC, number DESC LIMIT ?"  # noqa: S608
         return [row for (row,) in self._store.rows(statement, (*values, POOL))]
 
-    def by_words(self, telling: tuple[str, ...], kept: Filter, meant: Filter | None) -> dict[int, float]:
-        """Return passages with their scores by words."""
-        scores = self._words.rank(telling, POOL, kept, meant, _DATE_BONUS)
-        return dict.fromkeys(self._dated(meant), _DATE_BONUS) | scores
+    def by_words(self, telling: tuple[str, ...], kept: Filter, meant: Filter | None) -> dict[int, ByWords]:
+        """Return passages that have some of the words."""
+        return self._words.rank(telling, POOL, kept, meant, _DATE_BONUS)
 
     def by_meaning(self, text: str, kept: Filter, meant: Filter | None) -> dict[int, float]:
         """Return passages with their cosines; none where there is no model that can be used."""
@@ -176,3 +189,7 @@ class Retrieval:
         from lyra_emergence.journal.vectors import VectorSearch
 
         return VectorSearch(self._store)
+
+
+def _scores(by_words: dict[int, ByWords]) -> dict[int, float]:
+    return {row: found.score for row, found in by_words.items()}

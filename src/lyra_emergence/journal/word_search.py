@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import sqlite3
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from lyra_emergence.journal import search
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from lyra_emergence.journal.filters import Filter
     from lyra_emergence.journal.store import Store
 
-__all__ = ["WordSearch", "closest_part"]
+__all__ = ["ByWords", "WordSearch", "closest_part"]
 
 _WEIGHTS: Final = (4.0, 2.0, 1.0)  # title, tags, text
 _MIN_COVERAGE: Final = 0.15
@@ -49,6 +50,19 @@ SELECT number, score, lifted FROM (
 _COUNT: Final = "SELECT count(*) FROM words WHERE words MATCH ?"
 
 
+@dataclass(frozen=True, slots=True)
+class ByWords:
+    """How well a passage matches a question's words.
+
+    Attributes:
+        score: BM25, lifted where the passage is of a day that the question means.
+        coverage: The share of the question's words in it, each counting by its rarity, 0 to 1.
+    """
+
+    score: float
+    coverage: float
+
+
 class WordSearch:
     """Ranks the passages of a store by words."""
 
@@ -57,8 +71,8 @@ class WordSearch:
 
     def rank(
         self, telling: tuple[str, ...], limit: int, kept: Filter, meant: Filter | None = None, bonus: float = 0.0
-    ) -> dict[int, float]:
-        """Return the passages that match the words `telling` best, with their scores; `limit` at most.
+    ) -> dict[int, ByWords]:
+        """Return the passages that match the words `telling` best; `limit` at most.
 
         Args:
             telling: The words.
@@ -75,7 +89,7 @@ class WordSearch:
         covered = self._coverage(known, total, unknown=len(telling) - len(known), rows=[row for row, *_ in ranked])
         least = _MIN_OF_BEST * max((score for _, score, _ in ranked), default=0.0)
         return {
-            row: score + bonus * lifted
+            row: ByWords(score + bonus * lifted, covered[row])
             for row, score, lifted in ranked
             if covered[row] >= _MIN_COVERAGE and score >= least
         }
