@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +45,19 @@ QUESTIONS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Took:
+    """How long a step took.
+
+    Attributes:
+        seconds: By the clock.
+        on_cpu: Of this process on the CPU, which other programs beside it do not lengthen much.
+    """
+
+    seconds: float
+    on_cpu: float
+
+
 def main() -> None:
     """Build the index, time it, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,13 +68,13 @@ def main() -> None:
     if files is None:
         sys.exit(f"nothing to measure: {reason}")
     with tempfile.TemporaryDirectory(prefix="lyra-journal-") as folder:
-        print("| step | median |\n|---|---|")
-        for name, seconds in steps(Path(folder), EmbeddingModel(files), arguments.entries, arguments.rounds):
-            print(f"| {name} | {_shown(seconds)} |", flush=True)
+        print("| step | median | on the CPU |\n|---|---|---|")
+        for name, took in steps(Path(folder), EmbeddingModel(files), arguments.entries, arguments.rounds):
+            print(f"| {name} | {_shown(took.seconds)} | {_shown(took.on_cpu)} |", flush=True)
 
 
-def steps(folder: Path, model: EmbeddingModel, count: int, rounds: int) -> Iterator[tuple[str, float]]:
-    """Yield what was timed, and its seconds."""
+def steps(folder: Path, model: EmbeddingModel, count: int, rounds: int) -> Iterator[tuple[str, Took]]:
+    """Yield what was timed, and how long it took."""
     made = list(entries(count))
     place = folder / "index.sqlite3"
     store = Store(place)
@@ -84,7 +98,7 @@ def steps(folder: Path, model: EmbeddingModel, count: int, rounds: int) -> Itera
     yield from files(folder, made, rounds)
 
 
-def files(folder: Path, made: list[JournalEntry], rounds: int) -> Iterator[tuple[str, float]]:
+def files(folder: Path, made: list[JournalEntry], rounds: int) -> Iterator[tuple[str, Took]]:
     """Yield how long adding to the journal's own file takes."""
     lines = folder / "journal.jsonl"
     lines.write_text("".join(json.dumps(entry_as_data(entry)) + "\n" for entry in made))
@@ -120,15 +134,16 @@ def put_vectors(store: Store, model: str) -> None:
         store.put_vectors(model, ((row, *packed) for (row,), packed in zip(waiting, pack(vectors), strict=True)))
 
 
-def _timed(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _timed(step: Callable[[], object]) -> Took:
+    start, on_cpu = time.perf_counter(), time.process_time()
     step()
-    return time.perf_counter() - start
+    return Took(time.perf_counter() - start, time.process_time() - on_cpu)
 
 
-def _median(step: Callable[[], object], rounds: int) -> float:
+def _median(step: Callable[[], object], rounds: int) -> Took:
     step()
-    return statistics.median(_timed(step) for _ in range(rounds))
+    taken = [_timed(step) for _ in range(rounds)]
+    return Took(statistics.median(one.seconds for one in taken), statistics.median(one.on_cpu for one in taken))
 
 
 def _shown(seconds: float) -> str:
