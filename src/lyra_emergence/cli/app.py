@@ -195,8 +195,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Chat over your journal with a language model placed in this machine's memory.\n"
-    "A PROMPT gets one answer. Piped text goes before it, or is the prompt itself.\n"
-    "A first word that is no command begins the PROMPT; `--` in front forces that.",
+    "A PROMPT gets one answer; piped text goes before it. `--` says it is no COMMAND.",
 )
 
 ModelConfigOption = Annotated[
@@ -250,7 +249,7 @@ def chat_command(
         typer.Option(
             "--journal",
             metavar="PATH",
-            help="the journal [data/journal/sample.json, if there]",
+            help="the journal [your own, else the sample]",
         ),
     ] = None,
     rerank: Annotated[bool, typer.Option("--rerank", help="order the found entries again by a closer look")] = False,
