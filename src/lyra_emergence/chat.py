@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lyra_emergence.errors import DoesNotFitError, EndpointError, GenerationError
 from lyra_emergence.fitting import Fitting, Request
+from lyra_emergence.journal.index import Found
 from lyra_emergence.journal.search import asks_for_overview, terms
 from lyra_emergence.journal.text import flowing, plain, words
 from lyra_emergence.prompting import Exchange
@@ -201,13 +202,13 @@ class ChatSession:
     def _search(self, question: str, turns: list[Turn]) -> tuple[tuple[Source, ...], tuple[str, ...]]:
         if self._journal is None:
             return (), ()
-        if not self._journal.entries:
+        if not self._journal.count:
             return (), ("the journal holds no entries yet",)
         if asks_for_overview(question):
-            hits = self._journal.latest(self.passages)
+            found = Found(self._journal.latest(self.passages))
         else:
-            hits = self._journal.search(_standalone(question, turns), self.passages)
-        return tuple(_source(number, hit) for number, hit in enumerate(hits, start=1)), ()
+            found = self._journal.find(_standalone(question, turns), self.passages)
+        return tuple(_source(number, hit) for number, hit in enumerate(found.hits, start=1)), found.said
 
     def _answer(self, request: Request, options: GenerationOptions, at: int) -> Generator[ChatChunk, None, None]:
         room = self.context_length - len(request.prompt)

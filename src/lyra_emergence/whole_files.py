@@ -23,10 +23,10 @@ _ABANDONED = 3600.0
 """Seconds after which a temporary file belongs to nobody: writing one takes a few at most."""
 
 
-def replace_file(target: Path, *parts: bytes | memoryview) -> None:
+def replace_file(target: Path, *parts: bytes | memoryview, mode: int | None = None) -> None:
     """Put `parts`, one behind the other, at `target` in one step, and make missing folders.
 
-    The file has the permissions of the old one.
+    The file has the permissions `mode`, never more at any moment; where that is None, those of the old one.
 
     Raises:
         OSError: It cannot be written; what stood there still does, and no temporary file is left.
@@ -35,7 +35,7 @@ def replace_file(target: Path, *parts: bytes | memoryview) -> None:
     remove_abandoned(target.parent, glob.escape(target.name))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     # Mode 0o666 lets the umask decide, as for any new file.
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
             for part in parts:
@@ -43,7 +43,7 @@ def replace_file(target: Path, *parts: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         with contextlib.suppress(FileNotFoundError):
-            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode) if mode is None else mode)
         temporary.replace(target)
     except BaseException:
         with contextlib.suppress(OSError):

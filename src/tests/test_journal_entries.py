@@ -198,7 +198,8 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Path("folder").mkdir()
     with pytest.raises(JournalError) as folder:
         read_journal(Path("folder"))
-    assert str(folder.value) == "folder is a folder, not a journal file"
+    assert str(folder.value) == "folder is a folder without a journal file"
+    assert folder.value.hint == "journal files end in .json, .jsonl or .md"
     Path("latin.json").write_bytes(b'["\xe9"]')
     with pytest.raises(JournalError) as latin:
         read_journal(Path("latin.json"))

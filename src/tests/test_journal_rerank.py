@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lyra_emergence.journal import Journal, JournalEntry, JournalIndex, embeddings, open_journal
+from lyra_emergence.journal import Journal, JournalEntry, JournalIndex, embeddings, open_journal, read_journal
 from lyra_emergence.journal.embeddings import EmbeddingFiles, TokenEmbedder, find_embedding_files
 from lyra_emergence.journal.rerank import (
     CROSS_ENCODER_ID,
@@ -92,7 +92,7 @@ def test_late_interaction_prefers_the_answer(late: LateInteraction) -> None:
 
 
 def test_reranking_puts_hard_answers_first(late: LateInteraction) -> None:
-    words = open_journal(SAMPLE)
+    words = JournalIndex(read_journal(SAMPLE))
     reranked = JournalIndex(words.journal, reranker=late)
     first = {question: words.search(question)[0].entry.id for question in HARD_QUESTIONS}
     assert all(first[question] != answer for question, answer in HARD_QUESTIONS.items())

@@ -135,7 +135,7 @@ def test_a_long_entry_is_found_by_its_best_passage() -> None:
 def test_a_chance_word_of_a_long_question_is_no_match() -> None:
     found = index("One cup of food.", "Rain.", "Sun.", "Snow.")
     assert ids(found, "cup") == ["0"]
-    assert ids(found, "Which cup tournament champions defeated northern opponents yesterday, goalkeeper saving?") == []
+    assert ids(found, "Which cup tournament champions defeated northern opponents decisively, goalkeeper saving?") == []
 
 
 def test_a_named_day_outranks_words_and_brings_entries_by_itself() -> None:

@@ -46,6 +46,8 @@ FIELDS = (
     "cpu_kernels",
     "prompt_streaming",
     "packed_cache",
+    "embedding_model",
+    "rerank_model",
     "trust_remote_code",
 )
 
@@ -93,6 +95,8 @@ def test_the_keys_and_their_defaults() -> None:
         "cpu_kernels": True,
         "prompt_streaming": True,
         "packed_cache": "20GB",
+        "embedding_model": None,
+        "rerank_model": None,
         "trust_remote_code": False,
     }
 
@@ -210,6 +214,14 @@ def test_a_wrong_assignment_changes_nothing() -> None:
         ({"task": "summarization"}, "in 'task': 'summarization' is not a task that Lyra runs; write 'text-generation'"),
         ({"low_cpu_mem_usage": 1}, "in 'low_cpu_mem_usage': 1 is a number; write true or false"),
         ({"load_in_8bit": "true"}, "in 'load_in_8bit': 'true' is text; write true or false"),
+        (
+            {"embedding_model": ""},
+            "in 'embedding_model': the text is empty; write one such as 'sentence-transformers/all-MiniLM-L6-v2'",
+        ),
+        (
+            {"rerank_model": 3},
+            "in 'rerank_model': 3 is a number; write text, such as 'cross-encoder/ms-marco-MiniLM-L6-v2'",
+        ),
         ({"packed_cache": True}, "in 'packed_cache': true is a boolean; write a size, such as '20GB', or 0 for none"),
         ({"packed_cache": None}, "in 'packed_cache': null is not allowed; write a size, such as '20GB', or 0 for none"),
         ({"packed_cache": "10%"}, "in 'packed_cache': '10%' is a share; write a size such as '20GB', or 0 for none"),
@@ -626,6 +638,7 @@ def test_one_error_lists_the_problems_of_every_source() -> None:
         ("LYRA_CPU_KERNELS", "off", "cpu_kernels", False),
         ("LYRA_PROMPT_STREAMING", "no", "prompt_streaming", False),
         ("LYRA_PACKED_CACHE", "5GiB", "packed_cache", "5GiB"),
+        ("LYRA_EMBEDDING_MODEL", "BAAI/bge-small-en-v1.5", "embedding_model", "BAAI/bge-small-en-v1.5"),
         ("LYRA_TRUST_REMOTE_CODE", "on", "trust_remote_code", True),
     ],
 )

@@ -12,6 +12,7 @@ import typer
 from lyra_emergence.cli.cache import cache_app
 from lyra_emergence.cli.config import config_app
 from lyra_emergence.cli.console import Console, knows_ascii_alone, writing_output
+from lyra_emergence.cli.journal import journal_app
 from lyra_emergence.cli.options import Options
 from lyra_emergence.cli.program import DEFAULT_COMMAND, Command, Program, forget_stdout
 from lyra_emergence.cli.status import FAILED, INTERRUPTED, USAGE
@@ -109,8 +110,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Chat over your journal with a language model placed in this machine's memory.\n"
-    "A PROMPT gets one answer. Piped text goes before it, or is the prompt itself.\n"
-    "A first word that is no command begins the PROMPT; `--` in front forces that.",
+    "A PROMPT gets one answer; piped text goes before it. `--` says it is no COMMAND.",
 )
 
 ModelConfigOption = Annotated[
@@ -165,7 +165,7 @@ def chat_command(
         typer.Option(
             "--journal",
             metavar="PATH",
-            help="the journal [data/journal/sample.json, if there]",
+            help="the journal [your own, else the sample]",
         ),
     ] = None,
     rerank: Annotated[bool, typer.Option("--rerank", help="order the found entries again by a closer look")] = False,
@@ -328,6 +328,7 @@ def doctor_command(
 
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
+app.add_typer(journal_app, name="journal")
 
 
 def _is_terminal_stdin(console: Console) -> bool:

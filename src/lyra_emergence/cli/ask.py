@@ -93,7 +93,7 @@ def _answer_as_data(
         },
         "stats": stats and asdict(stats) | {"tokens_per_second": stats.tokens_per_second},
         "model": {"id": ready.model_id, "stands_in": choice is not None and choice.stands_in},
-        "journal": None if ready.journal is None else str(ready.journal.journal.path),
+        "journal": None if ready.journal is None else str(ready.journal.path),
         "conversation": session.log.id if session.log is not None and session.log.kept else None,
         **model.as_data(),
     }

@@ -42,7 +42,7 @@ class Keeping:
         """Return where another conversation is kept."""
         if self.store is None:
             return None
-        path = None if ready.journal is None else str(ready.journal.journal.path)
+        path = None if ready.journal is None else str(ready.journal.path)
         return self.store.begin(ready.model_id, path)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lyra_emergence.cli.console import Console
     from lyra_emergence.cli.models import Answer, ModelChoice
     from lyra_emergence.cli.options import Options
+    from lyra_emergence.config import ModelConfig
     from lyra_emergence.hub import RemoteModel
     from lyra_emergence.journal import JournalIndex
     from lyra_emergence.load_report import LoadEvent
@@ -157,7 +158,7 @@ def prepare(options: Options, console: Console) -> Prepared:
     """
     resolved = options.resolve()
     say_notes(resolved, console)
-    journal = open_the_journal(options, console)
+    journal = open_the_journal(options, resolved.config, console)
     choice = choose_model(
         resolved,
         fetch=lambda remote: fetch(remote, console),
@@ -169,12 +170,14 @@ def prepare(options: Options, console: Console) -> Prepared:
         plan = make_plan_for(choice)
     for note in plan.notes:
         console.warning(note)
+    if journal is not None:
+        journal.keep_within(next((use.unused for use in plan.devices if use.device == "cpu"), 0))
     if journal is not None and choice.config.model_id == BUNDLED_ID:
         journal = journal.with_passages(BUNDLED_PASSAGE_LENGTH)
     return Prepared(choice, plan, journal)
 
 
-def open_the_journal(options: Options, console: Console) -> JournalIndex | None:
+def open_the_journal(options: Options, config: ModelConfig, console: Console) -> JournalIndex | None:
     """Return the journal that the options name or that is found, indexed; None where there is none.
 
     Raises:
@@ -185,13 +188,23 @@ def open_the_journal(options: Options, console: Console) -> JournalIndex | None:
         return None
     from lyra_emergence.journal import open_journal
 
-    return open_journal(path, rerank=options.rerank, on_note=console.note)
+    return open_journal(
+        path,
+        rerank=options.rerank,
+        on_note=console.note,
+        embedding_model=config.embedding_model,
+        rerank_model=config.rerank_model,
+    )
 
 
 def find_journal(asked: Path | None) -> Path | None:
-    """Return the journal asked for, else the sample of the current folder or of the checkout, else None."""
+    """Return the journal asked for, else the user's own, else the folder's or checkout's sample, else None."""
     if asked is not None:
         return asked
+    from lyra_emergence.journal.places import own_journal
+
+    if own_journal().is_file():
+        return own_journal()
     checkout = Path(cli.__file__).resolve().parents[3]
     places = [Path(), checkout] if (checkout / "lyra.py").is_file() else [Path()]
     return next((place / SAMPLE_JOURNAL for place in places if (place / SAMPLE_JOURNAL).is_file()), None)

@@ -74,5 +74,5 @@ def describe_journal(journal: JournalIndex | None) -> str:
     """Return which journal answers draw on, in a line."""
     if journal is None:
         return "no journal (--journal PATH names one)"
-    count = len(journal.entries)
-    return f"journal {journal.journal.path}, {count} entr{'y' if count == 1 else 'ies'}"
+    count = journal.count
+    return f"journal {journal.path}, {count} entr{'y' if count == 1 else 'ies'}"

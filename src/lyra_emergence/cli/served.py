@@ -129,7 +129,7 @@ def prepare_endpoint(url: str, options: Options, console: Console) -> ReadyEndpo
         raise ConfigError(f"--offline forbids to ask {endpoint.url}", hint="leave one of the two out")
     resolved = options.resolve()
     say_notes(resolved, console)
-    journal = open_the_journal(options, console)
+    journal = open_the_journal(options, resolved.config, console)
     if not here:
         told = "questions and journal passages go" if journal is not None else "questions go"
         console.warning(f"{told} to {endpoint.url}")

@@ -102,6 +102,10 @@ def _text(example: str) -> Callable[[object, str, Problems], object]:
     return check
 
 
+def _optional(check: Callable[[object, str, Problems], object]) -> Callable[[object, str, Problems], object]:
+    return lambda value, at, problems: None if value is None else check(value, at, problems)
+
+
 def _check_task(value: object, at: str, problems: Problems) -> object:
     supported = ", ".join(repr(task) for task in TASKS)
     if not isinstance(value, str):
@@ -172,6 +176,8 @@ CHECKS: dict[str, Callable[[object, str, Problems], Any]] = {
     "cpu_kernels": _check_boolean,
     "prompt_streaming": _check_boolean,
     "packed_cache": check_size,
+    "embedding_model": _optional(_text("sentence-transformers/all-MiniLM-L6-v2")),
+    "rerank_model": _optional(_text("cross-encoder/ms-marco-MiniLM-L6-v2")),
     "trust_remote_code": _check_boolean,
 }
 """The check of every key, in the order in which a file is written."""

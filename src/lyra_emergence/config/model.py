@@ -67,6 +67,7 @@ _CacheSize = Annotated[
     str | int,
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": SIZE_PATTERN}]}),
 ]
+_ModelName = Annotated[str | None, WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, _NULL]})]
 _PipelineKwargs = Annotated[dict[str, Any] | None, WithJsonSchema(pipeline_kwargs_schema())]
 
 
@@ -149,6 +150,20 @@ class ModelConfig(BaseModel):
         description=(
             "Most disk space for packed weights that are kept in the cache folder for the next load: bytes, '20GB' or "
             "'20GiB'; 0: none are kept, and none used."
+        ),
+    )
+    embedding_model: _ModelName = Field(
+        default=None,
+        description=(
+            "The model that finds journal passages by their meaning: a hub id, or a folder. Used where it is on this "
+            "machine; null: MiniLM, from the Hugging Face cache or the extra 'offline'. It is never downloaded."
+        ),
+    )
+    rerank_model: _ModelName = Field(
+        default=None,
+        description=(
+            "The cross-encoder that --rerank uses where it is on this machine: a hub id, or a folder; null: "
+            "'cross-encoder/ms-marco-MiniLM-L6-v2'. It is never downloaded."
         ),
     )
     trust_remote_code: bool = Field(

@@ -1,6 +1,6 @@
 """Dates that a question names: "2025-03-02", "2025-03", "March 3", "3 March 2025", "March 2025", "in March".
 
-Days without a year mean that day of any year. "Last week" and other dates relative to today are not read here.
+What they mean on a calendar, and dates such as "last week", are `periods`' matter.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datetime import date
 
-__all__ = ["NamedDate", "named_dates"]
+__all__ = ["NamedDate", "named_dates", "without_dates"]
 
 _MONTHS = (
     "january", "february", "march", "april", "may", "june",
@@ -66,6 +66,13 @@ def named_dates(question: str) -> tuple[NamedDate, ...]:
                 found.append(named)
         rest = form.sub(" ", rest)
     return tuple(found)
+
+
+def without_dates(question: str) -> str:
+    """Return `question` without the words that `named_dates` reads."""
+    for form in _FORMS:
+        question = form.sub(" ", question)
+    return question
 
 
 def _named(groups: dict[str, str | None]) -> NamedDate | None:

@@ -11,13 +11,12 @@ embeddings and not for this, so it is a weaker reranker than ColBERT; see `LateI
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lyra_emergence.journal.embeddings import TokenEmbedder, find_embedding_files
+from lyra_emergence.journal.embeddings import EmbeddingModel, find_embedding_files
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from lyra_emergence.journal.embeddings import EmbeddingFiles
@@ -28,7 +27,13 @@ CROSS_ENCODER_ID = "cross-encoder/ms-marco-MiniLM-L6-v2"
 
 
 class Reranker(Protocol):
-    """Scores passages for a question; the greater the better, comparable within one call only."""
+    """Scores passages for a question; the greater the better, comparable within one call only.
+
+    Attributes:
+        date_lift: Added to the score of a passage of a day that the question means, which a model does not see.
+    """
+
+    date_lift: float
 
     @property
     def name(self) -> str:
@@ -38,20 +43,41 @@ class Reranker(Protocol):
         """Return a score for each passage."""
 
 
-def find_reranker() -> tuple[Reranker | None, str]:
+def find_reranker(
+    configured: str | None = None, embedding: EmbeddingModel | None = None
+) -> tuple[Reranker | None, str]:
     """Return the best reranker on this machine or None, and one line that says which and why.
 
     No weights are loaded yet: a reranker loads them for its first question.
+
+    Args:
+        configured: The hub id or folder of the cross-encoder to use.
+        embedding: The embedding model at hand; looked for where None.
     """
+    name = configured or CROSS_ENCODER_ID
+    directory, place = _find_cross_encoder(name)
+    if directory is not None:
+        return CrossEncoderReranker(directory, name), f"reranking with {name} {place}"
+    if embedding is None:
+        files, reason = find_embedding_files()
+        if files is None:
+            return None, f"not reranking: {name} is not {place}, and {reason}"
+        embedding = EmbeddingModel(files)
+    return LateInteraction(embedding), f"reranking by late interaction with {embedding.files.name}"
+
+
+def _find_cross_encoder(name: str) -> tuple[Path | None, str]:
+    """Return the folder of a cross-encoder or None, and where it is or is not."""
+    from lyra_emergence.errors import ModelUnavailableError
     from lyra_emergence.hub import find_local
 
-    cached = find_local(CROSS_ENCODER_ID)
-    if cached is not None:
-        return CrossEncoderReranker(cached), f"reranking with {CROSS_ENCODER_ID} from the Hugging Face cache"
-    files, reason = find_embedding_files()
-    if files is None:
-        return None, f"not reranking: {CROSS_ENCODER_ID} is not in the Hugging Face cache, and {reason}"
-    return LateInteraction(files), f"reranking by late interaction with {files.name}"
+    try:
+        found = find_local(name)
+    except ModelUnavailableError:
+        found = None
+    if found is not None and found == Path(name).expanduser():
+        return found, "from its folder"
+    return found, "from the Hugging Face cache" if found is not None else "in the Hugging Face cache"
 
 
 class CrossEncoderReranker:
@@ -61,6 +87,8 @@ class CrossEncoderReranker:
         directory: The folder with its files.
         name: What to call it to the user.
     """
+
+    date_lift = 0.5  # a guess: no weights were at hand to measure it with
 
     def __init__(self, directory: Path, name: str = CROSS_ENCODER_ID) -> None:
         self.name = name
@@ -100,19 +128,18 @@ class LateInteraction:
     """Maximum similarity, token by token, with an embedding model on the CPU.
 
     Args:
-        files: The embedding model.
+        embedding: The embedding model, or where one lies.
     """
 
-    def __init__(self, files: EmbeddingFiles) -> None:
-        self.name = f"late interaction with {files.name}"
-        self._directory = files.directory
-        self._embedder: TokenEmbedder | None = None
+    date_lift = 0.15  # docs/journal.md has what others gave
+
+    def __init__(self, embedding: EmbeddingModel | EmbeddingFiles) -> None:
+        self._embedding = embedding if isinstance(embedding, EmbeddingModel) else EmbeddingModel(embedding)
+        self.name = f"late interaction with {self._embedding.files.name}"
 
     def score(self, question: str, passages: list[str]) -> list[float]:
         """Return for each passage the mean over the question's tokens of their maximum similarity, -1 to 1."""
-        if self._embedder is None:
-            self._embedder = TokenEmbedder(self._directory)
-        asked, *embedded = self._embedder.embed([question, *passages])
+        asked, *embedded = self._embedding.tokens([question, *passages])
         return [max_similarity(asked, passage) for passage in embedded]
 
 

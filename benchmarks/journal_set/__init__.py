@@ -1,0 +1,1 @@
+"""The labelled journal: entries, and questions with the entries that answer them."""
