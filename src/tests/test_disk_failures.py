@@ -181,17 +181,17 @@ def test_an_output_that_cannot_be_written_is_told_in_a_line(command: list[str], 
 
 HISTORY = """
 import io
-from lyra_emergence.cli.chat import _history, history_path
+from lyra_emergence.cli.editor import _history
 from lyra_emergence.cli.console import Console
 said = io.StringIO()
-history = _history(Console(stderr=said))
+history = _history(Console(stderr=said), keep=True)
 history.append_string("before")
 disk.disk_fail_at(1, errno.ENOSPC, 1)
 history.append_string("lost")
 history.append_string("lost too")
 disk.disk_fail_at(0, 0, 0)
 history.append_string("after")
-print(json.dumps({"said": said.getvalue(), "kept": list(_history(Console(stderr=said)).load_history_strings())}))
+print(json.dumps({"said": said.getvalue(), "kept": list(_history(Console(stderr=said), keep=True).load_history_strings())}))
 """
 
 

@@ -7,11 +7,14 @@ HTML: those stay text, since what a model writes must not hide where it leads. C
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
 import time
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from lyra_emergence.cli.console import writing_output
+from lyra_emergence.errors import LyraError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,29 +102,50 @@ class MarkdownStream:
         self._live: Any = None
         self._printed = False
         self._drawn = 0.0
+        self._lock = threading.RLock()
+        self._later: threading.Timer | None = None
 
     def feed(self, text: str) -> None:
         """Show more of the answer."""
-        done = self._splitter.feed(text)
-        if done:
-            self._stop()
-        with writing_output():
-            for block in done:
-                self._print(block)
-            if done or time.monotonic() - self._drawn >= _REDRAW_SECONDS:
-                self._draw()
+        with self._lock:
+            done = self._splitter.feed(text)
+            if done:
+                self._stop()
+            with writing_output():
+                for block in done:
+                    self._print(block)
+                if done or time.monotonic() - self._drawn >= _REDRAW_SECONDS:
+                    self._draw()
+                else:
+                    self._draw_later()
 
     def close(self) -> None:
         """Show the rest for good, and give the cursor back."""
-        self._stop()
-        with writing_output():
-            if self._splitter.rest.strip():
-                self._print(self._splitter.rest)
+        with self._lock:
+            self._stop()
+            with writing_output():
+                if self._splitter.rest.strip():
+                    self._print(self._splitter.rest)
+
+    def _draw_later(self) -> None:
+        """Draw what has come so far though nothing comes after it: a model may think, a server may hang."""
+        if self._later is None:
+            self._later = threading.Timer(_REDRAW_SECONDS, self._draw_late)
+            self._later.daemon = True
+            with contextlib.suppress(RuntimeError):  # no thread can be had: the next piece draws it
+                self._later.start()
+
+    def _draw_late(self) -> None:
+        with self._lock:
+            if self._later is not None:
+                with contextlib.suppress(OSError, ValueError, LyraError):  # the next piece meets it as well, and tells
+                    self._draw()
 
     def _draw(self) -> None:
         from rich.live import Live
 
         self._drawn = time.monotonic()
+        self._later = None
         if not self._splitter.rest.strip():
             return
         if self._live is None:
@@ -136,6 +160,7 @@ class MarkdownStream:
         self._live.update(_Lines(self._block(self._splitter.rest), _last), refresh=True)
 
     def _stop(self) -> None:
+        self._later = None
         if self._live is not None:
             with writing_output():
                 self._live.stop()
