@@ -160,7 +160,10 @@ class Reader:
         with tempfile.TemporaryDirectory() as folder:
             journal = Path(folder, "journal.json")
             journal.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8"))["journal"]), encoding="utf-8")
-            with closing(open_journal(journal)) as whole, closing(whole.with_passages(self._length)) as index:
+            with (
+                closing(open_journal(journal)) as whole,
+                closing(whole.with_passages(self._length, by_words=True)) as index,
+            ):
                 for case in cases_of(path):
                     yield self._outcome(case, index if index.entries else None)
 

@@ -191,7 +191,8 @@ history.append_string("lost")
 history.append_string("lost too")
 disk.disk_fail_at(0, 0, 0)
 history.append_string("after")
-print(json.dumps({"said": said.getvalue(), "kept": list(_history(Console(stderr=said), keep=True).load_history_strings())}))
+kept = list(_history(Console(stderr=said), keep=True).load_history_strings())
+print(json.dumps({"said": said.getvalue(), "kept": kept}))
 """
 
 

@@ -54,6 +54,17 @@ def ids(index: JournalIndex, question: str, **options: object) -> list[str]:
     return [hit.entry.id for hit in index.find(question, **options).hits]  # type: ignore[arg-type]
 
 
+def test_a_search_by_words_alone_can_be_asked_for(model: EmbeddingModel) -> None:
+    index = JournalIndex(journal(*TEXTS), embedding=model)
+    assert ids(index, "How heavy is the dog?") == ["0"]
+    by_words = index.with_passages(200, by_words=True)
+    assert by_words.embedding is None
+    assert ids(by_words, "How heavy is the dog?") == []
+    assert ids(by_words, "What does the beagle weigh?") == ["0"]
+    assert ids(index, "How heavy is the dog?") == ["0"]
+    index.close()
+
+
 @pytest.mark.parametrize(
     ("question", "first"),
     [

@@ -173,7 +173,9 @@ def prepare(options: Options, console: Console) -> Prepared:
     if journal is not None:
         journal.keep_within(next((use.unused for use in plan.devices if use.device == "cpu"), 0))
     if journal is not None and choice.config.model_id == BUNDLED_ID:
-        journal = journal.with_passages(BUNDLED_PASSAGE_LENGTH)
+        # It compares words, and answers a little better from what words bring (docs/journal.md).
+        by_words = resolved.config.embedding_model is None
+        journal = journal.with_passages(BUNDLED_PASSAGE_LENGTH, by_words=by_words)
     return Prepared(choice, plan, journal)
 
 

@@ -151,10 +151,17 @@ class JournalIndex:
         """The embedding model that searches use, or None."""
         return self._retrieval.embedding
 
-    def with_passages(self, length: int) -> JournalIndex:
-        """Return an index that shows at most `length` characters of a passage; it shares all else with this one."""
+    def with_passages(self, length: int, *, by_words: bool = False) -> JournalIndex:
+        """Return an index that shows at most `length` characters of a passage; it shares all else with this one.
+
+        Args:
+            length: Characters.
+            by_words: Whether it searches by words alone.
+        """
         index = copy.copy(self)
         index.passage_length = length
+        if by_words:
+            index._retrieval = Retrieval(self.store, None, self.note)  # noqa: SLF001 - its own class
         return index
 
     def note(self, line: str) -> None:
