@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from lyra_emergence.errors import DoesNotFitError, is_out_of_memory, lost_onednn, without_frames
+from lyra_emergence.errors import AbandonedError, DoesNotFitError, is_out_of_memory, lost_onednn, without_frames
 from lyra_emergence.footprint import PREFILL_CHUNK
 from lyra_emergence.load_report import LoadEvent
 from lyra_emergence.runtime.compute_threads import one_thread, settle_for_fewer_threads
@@ -52,6 +52,7 @@ class Stepper:
         batch: Sequences that run together, all of the same tokens.
         most_tokens: Tokens of prompt and answer that are to come at most; the context by default.
         kept: What an earlier answer of the same conversation left, and where this one leaves what it has.
+        abandoned: Asked before every pass whether nobody waits for the answer any more.
 
     Attributes:
         cached: What was computed so far.
@@ -67,6 +68,7 @@ class Stepper:
         *,
         most_tokens: int | None = None,
         kept: PromptCache | None = None,
+        abandoned: Callable[[], bool] | None = None,
     ) -> None:
         self.reused = 0
         self.recoveries: list[Recovery] = []
@@ -84,6 +86,7 @@ class Stepper:
         self._failures = 0
         self._headroom = Headroom(loaded.residency, batch, loaded.context_length)
         self._kept = kept
+        self._abandoned = abandoned or bool
         with loaded.step_lock:
             loaded.residency.give_up_kept(kept)
             loaded.residency.add(self.cached)
@@ -141,6 +144,7 @@ class Stepper:
 
         Raises:
             DoesNotFitError: Memory ran out and nothing is left to be done about it.
+            AbandonedError: Nobody waits for it any more.
         """
         if self._kept is not None and not self._seen:
             with self._loaded.step_lock:
@@ -153,6 +157,7 @@ class Stepper:
 
         Raises:
             DoesNotFitError: As `prefill`.
+            AbandonedError: As `prefill`.
         """
         return self._advance([token])
 
@@ -209,6 +214,8 @@ class Stepper:
             return_freed_memory()
         with keeping_scratch():
             while self.cached.held < len(self._seen):
+                if self._abandoned():
+                    raise AbandonedError("nobody waits for this answer any more")
                 logits = self._run()
         if long:
             keep_freed_memory()
