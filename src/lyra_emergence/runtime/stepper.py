@@ -87,6 +87,7 @@ class Stepper:
         self._headroom = Headroom(loaded.residency, batch, loaded.context_length)
         self._kept = kept
         self._abandoned = abandoned or bool
+        self._ran_on = loaded.residency.accelerators
         with loaded.step_lock:
             loaded.residency.give_up_kept(kept)
             loaded.residency.add(self.cached)
@@ -228,6 +229,7 @@ class Stepper:
             if settle_for_fewer_threads():
                 self._loaded.tell(LoadEvent("note", "no more threads can be started: one computes"))
             self._climb_now_and_then()
+            self._ran_on = self._loaded.residency.accelerators
             # Without caches (a model that returns none) everything so far runs again.
             held = self.cached
             end = min(len(self._seen), held.held + self._chunk)
@@ -279,14 +281,18 @@ class Stepper:
         self._failures += 1
         with self._loaded.step_lock:
             residency = self._loaded.residency
-            device = failing_device(failure, residency.accelerators)
+            device = failing_device(failure, self._ran_on)
             if not self.cached.cut_back():
                 self.cached.drop()
             give_back()
             return_freed_memory()
             if lost_onednn(failure):
                 stop_using_onednn()
-            remedy, moved = self._next_remedy(device)
+            if device == CPU or device in residency.accelerators:
+                remedy, moved = self._next_remedy(device)
+            else:
+                # Another answer ran out of memory there too, and was first to make it leave.
+                remedy, moved = f"what ran on {device} had left it by then", ()
         if not remedy:
             self._kept = None
             self.close()
