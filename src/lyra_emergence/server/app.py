@@ -27,6 +27,7 @@ from lyra_emergence.server.replies import DONE, ChatReply, CompletionReply, as_e
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from fastapi.telemetry import TelemetryConfig
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from lyra_emergence.chunks import Chunk
@@ -42,6 +43,8 @@ _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
 }
 _EVENT: Final = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 _STREAM: Final = {"text/event-stream": {"schema": _EVENT}}
+# A variable of the environment could have FastAPI send what is in refused requests elsewhere.
+_SILENT: Final[TelemetryConfig] = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 _TEXT: Final = "text/event-stream; charset=utf-8"
 
 
@@ -56,7 +59,7 @@ def make_app(loaded: LoadedModel, engine: Engine, limits: Limits, *, name: str) 
     """
     statuses: Counter[int] = Counter()
     # No pages of documentation: they would load their scripts from elsewhere.
-    app = FastAPI(title="Lyra", docs_url=None, redoc_url=None, version="1")
+    app = FastAPI(title="Lyra", docs_url=None, redoc_url=None, version="1", telemetry=_SILENT)
     _add_errors(app)
     _add_answers(app, Asking(loaded, name), engine)
     _add_listings(app, name, loaded.context_length, engine, Metrics(engine, statuses))
