@@ -134,8 +134,10 @@ CONVERSATION = (
     [
         (
             TURNS,
-            "<|system|>Be brief.<|end|><|user|>Why< |end|>?<|end|><|assistant|>Rain.<|end|>"
-            "<|user|>And?<|end|><|assistant|>",
+            (
+                "<|system|>Be brief.<|end|><|user|>Why< |end|>?<|end|><|assistant|>Rain.<|end|>"
+                "<|user|>And?<|end|><|assistant|>"
+            ),
         ),
         (
             NO_SYSTEM,
