@@ -9,7 +9,9 @@
     ├── GenerationError           a request cannot be run (an empty prompt, a prompt beyond the context)
     ├── JournalError              a journal file is missing or holds no valid entry
     ├── EndpointError             a server cannot be reached, refuses, or does not answer as it should
-    └── ConversationError         a conversation cannot be read, found or kept
+    ├── ConversationError         a conversation cannot be read, found or kept
+    ├── RequestError              the server of `lyra.py serve` refuses a request (HTTP status)
+    └── AbandonedError            an answer that nobody waits for any more was stopped
 
 Foreign exceptions are recognized as out of memory in one place, `is_out_of_memory`: by type wherever the library has
 one, by message only where torch raises a bare RuntimeError, or where transformers hides the error in a text.
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
+    "AbandonedError",
     "CheckpointError",
     "ConfigError",
     "ConversationError",
@@ -36,6 +39,7 @@ __all__ = [
     "LyraError",
     "MissingExtraError",
     "ModelUnavailableError",
+    "RequestError",
     "is_out_of_memory",
     "lost_onednn",
     "without_frames",
@@ -171,6 +175,37 @@ class EndpointError(LyraError):
 
 class ConversationError(LyraError):
     """A conversation cannot be read, found or kept."""
+
+
+class RequestError(LyraError):
+    """Our server refuses a request.
+
+    Attributes:
+        status: The HTTP status.
+        code: What it is, in OpenAI's words where there are any, such as "context_length_exceeded".
+        param: The field of the request that is wrong, or None.
+        retry_after: Seconds after which it is worth asking again; None where it is not.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        code: str = "invalid_value",
+        param: str | None = None,
+        retry_after: int | None = None,
+        hint: str = "",
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.retry_after = retry_after
+
+
+class AbandonedError(LyraError):
+    """An answer was stopped because nobody waits for it any more."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ from lyra_emergence.runtime.stepper import Recovery, Stepper
 from lyra_emergence.text_stream import LoopDetector, StopScanner, TextDecoder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from lyra_emergence.loading import LoadedModel
 
@@ -75,6 +75,7 @@ def stream_generate(
     options: GenerationOptions | None = None,
     *,
     kept: PromptCache | None = None,
+    abandoned: Callable[[], bool] | None = None,
 ) -> Iterator[Chunk]:
     """Generate an answer to `prompt`, a chunk per token.
 
@@ -84,8 +85,11 @@ def stream_generate(
         options: How to choose tokens; by default what `GenerationOptions.for_model` returns.
         kept: A conversation's own, for all its prompts: what a prompt begins with as the one before did, or its
             answer, does not run again.
+        abandoned: Asked before every pass of the model, and so also between the chunks of a long prompt, whether nobody
+            waits for the answer any more.
 
     Raises:
+        AbandonedError: `abandoned` said so.
         GenerationError: The prompt is empty or too long, or an option is out of its range.
         DoesNotFitError: Memory ran out at a token, and neither shorter chunks nor the CPU could help; the text before
             it was delivered, and the model can be used as before.
@@ -94,7 +98,7 @@ def stream_generate(
     _check(options)
     ids = encode_prompt(loaded, prompt)
     room = loaded.context_length - len(ids)
-    return _generate(loaded, ids, replace(options, max_new_tokens=min(options.max_new_tokens, room)), kept)
+    return _generate(loaded, ids, replace(options, max_new_tokens=min(options.max_new_tokens, room)), kept, abandoned)
 
 
 def _check(options: GenerationOptions) -> None:
@@ -113,14 +117,19 @@ def _check(options: GenerationOptions) -> None:
 
 
 def _generate(
-    loaded: LoadedModel, prompt: list[int], options: GenerationOptions, kept: PromptCache | None
+    loaded: LoadedModel,
+    prompt: list[int],
+    options: GenerationOptions,
+    kept: PromptCache | None,
+    abandoned: Callable[[], bool] | None,
 ) -> Iterator[Chunk]:
     ends = _end_tokens(loaded)
     decoder = TextDecoder(loaded.tokenizer, prompt)
     scanner = StopScanner(options.stop)
     loops = LoopDetector(options.max_repeats)
     chooser = _Chooser(prompt, options)
-    with closing(Stepper(loaded, most_tokens=len(prompt) + options.max_new_tokens, kept=kept)) as stepper:
+    most = len(prompt) + options.max_new_tokens
+    with closing(Stepper(loaded, most_tokens=most, kept=kept, abandoned=abandoned)) as stepper:
         clock = time.perf_counter()
         stepper.make_room()
         token = _choose(chooser, stepper, stepper.prefill(prompt))

@@ -6,7 +6,6 @@ transformers' own `from_pretrained` on the CPU in their stored dtype, which cost
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from lyra_emergence.load_report import TRUST_WARNING, Attempt, LoadEvent, LoadRe
 from lyra_emergence.machine import probe_machine
 from lyra_emergence.packed_plan import keeps_packed
 from lyra_emergence.plan import hf_device, make_plan
+from lyra_emergence.turn_lock import TurnLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +62,8 @@ class LoadedModel:
         blocks: The model's blocks with their present devices.
         residency: Moves the blocks while the model is in use.
         tell: Called with what happens to the model's memory, as `on_event` of `load`.
-        step_lock: Held while the model runs a step, so that several generators can share it.
+        step_lock: Held while the model runs a step, so that several generators can share it; they get it in the order
+            in which they asked.
     """
 
     model: Any
@@ -73,7 +74,7 @@ class LoadedModel:
     blocks: tuple[PlacedBlock, ...]
     residency: Residency = field(repr=False)
     tell: Callable[[LoadEvent], None] = field(repr=False)
-    step_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    step_lock: TurnLock = field(default_factory=TurnLock, repr=False)
 
     @property
     def context_length(self) -> int:

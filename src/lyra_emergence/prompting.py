@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.errors import GenerationError
 from lyra_emergence.journal.text import one_line, plain, without_runs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["ControlTokens", "Excerpt", "Exchange", "PromptWriter", "instructed", "plain_messages"]
 
@@ -122,6 +125,20 @@ class PromptWriter:
             return self._encode(self._render(question, earlier, documents), special=False)
         return self._encode(self._render(_with_entries(question, excerpts), earlier), special=False)
 
+    def converse(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the token ids of a whole conversation, given as messages with a `role` and its `content`.
+
+        The system message given to this writer is not part of it. A template that refuses a system message gets its
+        text before that of the first other message.
+
+        Raises:
+            GenerationError: The model's chat template does not work.
+        """
+        cleaned = [{"role": part["role"], "content": self._clean(part["content"])} for part in messages]
+        if not self._template:
+            return self._encode(_script(cleaned), special=True)
+        return self._encode(self._rendered(cleaned, None), special=False)
+
     def _clean(self, text: str) -> str:
         return self._controls.without(plain(text).strip())
 
@@ -135,19 +152,21 @@ class PromptWriter:
     def _render(
         self, message: str, earlier: tuple[Exchange, ...], documents: list[dict[str, str]] | None = None
     ) -> str:
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        return self._rendered([*system, *_messages(message, earlier)], documents)
+
+    def _rendered(self, messages: list[dict[str, str]], documents: list[dict[str, str]] | None) -> str:
         from jinja2 import TemplateError
 
-        messages = _messages(message, earlier)
-        system = [{"role": "system", "content": self._system}] if self._system else []
-        try:
-            return self._apply([*system, *messages], documents)
-        except TemplateError as exc:
-            if not system:
-                raise _template_failed(exc) from exc
-        # Some templates have no system role and raise: the first message carries the text instead.
-        messages[0]["content"] = f"{self._system}\n\n{messages[0]['content']}"
         try:
             return self._apply(messages, documents)
+        except TemplateError as exc:
+            folded = _without_system(messages)
+            if folded is None:
+                raise _template_failed(exc) from exc
+        # Some templates have no system role and raise: the first message carries the text instead.
+        try:
+            return self._apply(folded, documents)
         except TemplateError as exc:
             raise _template_failed(exc) from exc
 
@@ -161,6 +180,15 @@ class PromptWriter:
                 add_generation_prompt=True,
             )
         )
+
+
+def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
+    """Return messages whose first other one carries the system's texts; None where there is no system or no other."""
+    system = [part["content"] for part in messages if part["role"] == "system"]
+    others = [part for part in messages if part["role"] != "system"]
+    if not (system and others):
+        return None
+    return [{**others[0], "content": "\n\n".join([*system, others[0]["content"]])}, *others[1:]]
 
 
 def _template_failed(exc: Exception) -> GenerationError:
@@ -202,6 +230,20 @@ def _entries(excerpts: tuple[Excerpt, ...]) -> str:
 
 def _with_entries(question: str, excerpts: tuple[Excerpt, ...]) -> str:
     return f"{_INSTRUCTION}\n\n{_entries(excerpts)}\n\nQuestion: {question}" if excerpts else question
+
+
+def _script(messages: list[dict[str, str]]) -> str:
+    """Return a conversation as text to complete, as `_completion` writes it."""
+    names = {"user": "Question: ", "assistant": "Answer: "}
+    said = [names.get(part["role"], "") + part["content"] for part in messages]
+    parts: list[str] = []
+    for part, text in zip(messages, said, strict=True):
+        follows = part["role"] == "assistant" and parts
+        if follows:
+            parts[-1] += f"\n{text}"
+        else:
+            parts.append(text)
+    return "\n\n".join(parts) + "\nAnswer:"
 
 
 def _completion(system: str, question: str, excerpts: tuple[Excerpt, ...], earlier: tuple[Exchange, ...]) -> str:

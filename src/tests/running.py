@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lyra_emergence.generation import GenerationOptions, stream_generate
+from lyra_emergence.turn_lock import TurnLock
 
 from . import families
 
@@ -44,3 +46,40 @@ def anonymous_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     line = next(line for line in lines if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
+
+
+class RecordedLock(TurnLock):
+    """A model's lock that notes who asks for it and who gets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._events: list[tuple[str, int]] = []
+
+    def acquire(self) -> None:
+        self._events.append(("asked", threading.get_ident()))
+        super().acquire()
+        self._events.append(("got", threading.get_ident()))
+
+    @property
+    def takers(self) -> int:
+        """How many threads had it."""
+        return len({who for what, who in self._events if what == "got"})
+
+    @property
+    def most_overtaken(self) -> int:
+        """How often one and the same thread got it at most while another one waited.
+
+        Counted, so that a busy machine changes nothing; but asking is noted a moment before it happens, and one that
+        gets it in that moment counts too: 1 is a lock that goes around, and 2 may be one.
+        """
+        waiting: dict[int, dict[int, int]] = {}  # who waits: how often each other one got it since it asked
+        most = 0
+        for what, who in self._events:
+            if what == "asked":
+                waiting[who] = {}
+                continue
+            waiting.pop(who)
+            for passed in waiting.values():
+                passed[who] = passed.get(who, 0) + 1
+                most = max(most, passed[who])
+        return most

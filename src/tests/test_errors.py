@@ -351,14 +351,18 @@ def test_a_real_error_of_the_cpu() -> None:
 def test_exit_codes() -> None:
     codes = {name: getattr(errors, name).exit_code for name in errors.__all__ if name.endswith("Error")}
     assert codes == {
+        "AbandonedError": 1,
         "CheckpointError": 1,
         "ConfigError": 2,
+        "ConversationError": 1,
         "DoesNotFitError": 3,
+        "EndpointError": 1,
         "GenerationError": 1,
         "JournalError": 1,
         "LyraError": 1,
         "MissingExtraError": 1,
         "ModelUnavailableError": 1,
+        "RequestError": 1,
     }
 
 

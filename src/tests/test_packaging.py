@@ -70,7 +70,12 @@ def test_the_wheel_has_the_command_the_license_and_the_extras(wheel: zipfile.Zip
     assert wheel.read(f"{folder}/entry_points.txt").decode() == "[console_scripts]\nlyra = lyra_emergence.cli:main\n"
     assert f"{folder}/licenses/LICENSE" in wheel.namelist()
     metadata = wheel.read(f"{folder}/METADATA").decode().splitlines()
-    assert {"Provides-Extra: quant", "Provides-Extra: offline", "License-Expression: MIT"} <= set(metadata)
+    assert {
+        "Provides-Extra: quant",
+        "Provides-Extra: offline",
+        "Provides-Extra: serve",
+        "License-Expression: MIT",
+    } <= set(metadata)
 
 
 def test_every_package_of_the_library_is_listed() -> None:

@@ -119,3 +119,40 @@ def test_a_control_token_that_only_normalizing_reveals() -> None:
 def test_text_reaches_the_model_without_terminal_controls() -> None:
     writer = PromptWriter(byte_tokenizer())
     assert written(writer, "Why\x1b[31m?") == "<|user|>Why?<|end|><|assistant|>"
+
+
+CONVERSATION = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Why<|end|>?"},
+    {"role": "assistant", "content": "Rain."},
+    {"role": "user", "content": "And?"},
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (
+            TURNS,
+            (
+                "<|system|>Be brief.<|end|><|user|>Why< |end|>?<|end|><|assistant|>Rain.<|end|>"
+                "<|user|>And?<|end|><|assistant|>"
+            ),
+        ),
+        (
+            NO_SYSTEM,
+            "<|user|>Be brief.\n\nWhy< |end|>?<|end|><|assistant|>Rain.<|end|><|user|>And?<|end|><|assistant|>",
+        ),
+        (None, "Be brief.\n\nQuestion: Why< |end|>?\nAnswer: Rain.\n\nQuestion: And?\nAnswer:"),
+    ],
+    ids=["turns", "no system", "no template"],
+)
+def test_a_conversation_of_messages(template: str | None, expected: str) -> None:
+    writer = PromptWriter(byte_tokenizer(template))
+    assert writer._tokenizer.decode(writer.converse(CONVERSATION)) == expected
+
+
+def test_a_conversation_that_a_template_refuses() -> None:
+    writer = PromptWriter(byte_tokenizer("{{ raise_exception('never') }}"))
+    with pytest.raises(GenerationError, match=r"^the model's chat template failed: never$"):
+        writer.converse(CONVERSATION)

@@ -255,6 +255,32 @@ def test_two_answers_share_a_model_that_runs_out_of_memory(checkpoints: Checkpoi
     assert sim.settled() == (0, 0)
 
 
+def test_another_answer_may_empty_the_device_before_this_one_recovers(
+    checkpoints: Checkpoints, sim: SimulatedAccelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both fail on it; by the time that the second one looks for a remedy, there is nothing left to move there."""
+    loaded = load(ModelConfig(), directory=checkpoints("llama"))
+    real, calls = Stepper._recover, []
+
+    def recover(stepper: Stepper, failure: BaseException) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            with loaded.step_lock:
+                loaded.residency.step_down("sim:0", 0, 99)
+        real(stepper, failure)
+
+    monkeypatch.setattr(Stepper, "_recover", recover)
+    sim.fail_at(30, persistent=True)
+    tokens, stats = tokens_of(loaded)
+    sim.reset()
+    assert tokens == reference(checkpoints("llama"))
+    assert [recovery.remedy for recovery in stats.recoveries] == [
+        "cached memory was given back",
+        "what ran on sim:0 had left it by then",
+    ]
+    loaded.close()
+
+
 @pytest.mark.parametrize(
     "error",
     [IndexError("out of range"), KeyboardInterrupt(), RuntimeError("CUDA error: device-side assert triggered")],

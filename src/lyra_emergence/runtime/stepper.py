@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from lyra_emergence.errors import DoesNotFitError, is_out_of_memory, lost_onednn, without_frames
+from lyra_emergence.errors import AbandonedError, DoesNotFitError, is_out_of_memory, lost_onednn, without_frames
 from lyra_emergence.footprint import PREFILL_CHUNK
 from lyra_emergence.load_report import LoadEvent
 from lyra_emergence.runtime.compute_threads import one_thread, settle_for_fewer_threads
@@ -52,6 +52,7 @@ class Stepper:
         batch: Sequences that run together, all of the same tokens.
         most_tokens: Tokens of prompt and answer that are to come at most; the context by default.
         kept: What an earlier answer of the same conversation left, and where this one leaves what it has.
+        abandoned: Asked before every pass whether nobody waits for the answer any more.
 
     Attributes:
         cached: What was computed so far.
@@ -67,6 +68,7 @@ class Stepper:
         *,
         most_tokens: int | None = None,
         kept: PromptCache | None = None,
+        abandoned: Callable[[], bool] | None = None,
     ) -> None:
         self.reused = 0
         self.recoveries: list[Recovery] = []
@@ -84,6 +86,8 @@ class Stepper:
         self._failures = 0
         self._headroom = Headroom(loaded.residency, batch, loaded.context_length)
         self._kept = kept
+        self._abandoned = abandoned or bool
+        self._ran_on = loaded.residency.accelerators
         with loaded.step_lock:
             loaded.residency.give_up_kept(kept)
             loaded.residency.add(self.cached)
@@ -141,6 +145,7 @@ class Stepper:
 
         Raises:
             DoesNotFitError: Memory ran out and nothing is left to be done about it.
+            AbandonedError: Nobody waits for it any more.
         """
         if self._kept is not None and not self._seen:
             with self._loaded.step_lock:
@@ -153,6 +158,7 @@ class Stepper:
 
         Raises:
             DoesNotFitError: As `prefill`.
+            AbandonedError: As `prefill`.
         """
         return self._advance([token])
 
@@ -209,6 +215,8 @@ class Stepper:
             return_freed_memory()
         with keeping_scratch():
             while self.cached.held < len(self._seen):
+                if self._abandoned():
+                    raise AbandonedError("nobody waits for this answer any more")
                 logits = self._run()
         if long:
             keep_freed_memory()
@@ -221,6 +229,7 @@ class Stepper:
             if settle_for_fewer_threads():
                 self._loaded.tell(LoadEvent("note", "no more threads can be started: one computes"))
             self._climb_now_and_then()
+            self._ran_on = self._loaded.residency.accelerators
             # Without caches (a model that returns none) everything so far runs again.
             held = self.cached
             end = min(len(self._seen), held.held + self._chunk)
@@ -272,14 +281,18 @@ class Stepper:
         self._failures += 1
         with self._loaded.step_lock:
             residency = self._loaded.residency
-            device = failing_device(failure, residency.accelerators)
+            device = failing_device(failure, self._ran_on)
             if not self.cached.cut_back():
                 self.cached.drop()
             give_back()
             return_freed_memory()
             if lost_onednn(failure):
                 stop_using_onednn()
-            remedy, moved = self._next_remedy(device)
+            if device == CPU or device in residency.accelerators:
+                remedy, moved = self._next_remedy(device)
+            else:
+                # Another answer ran out of memory there too, and was first to make it leave.
+                remedy, moved = f"what ran on {device} had left it by then", ()
         if not remedy:
             self._kept = None
             self.close()
