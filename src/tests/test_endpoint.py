@@ -248,15 +248,19 @@ def test_another_machine_is_named_and_offline_forbids_it(
     )
 
 
-def test_no_torch_is_imported_for_a_server(tmp_path: Path) -> None:
+@pytest.mark.parametrize("searches", [False, True])
+def test_torch_is_imported_for_a_server_only_to_search_by_meaning(tmp_path: Path, searches: bool) -> None:
+    journal = tmp_path / "journal.json"
+    entry = {"id": "1", "timestamp": "2025-03-01", "text": "A heron stood at the bend."}
+    journal.write_text(json.dumps([entry] * searches))
     code = "import sys; from lyra_emergence.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     with StandInServer(["Yes."]) as server:
         done = subprocess.run(
-            [sys.executable, "-c", code, "--endpoint", server.url, "heron?"],
+            [sys.executable, "-c", code, "--endpoint", server.url, "--journal", str(journal), "heron?"],
             cwd=tmp_path,
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
             check=True,
         )
-    assert done.stdout == "Yes.\n0 False\n", done.stderr
+    assert done.stdout == f"Yes.\n0 {searches}\n", done.stderr
