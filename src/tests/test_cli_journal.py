@@ -87,8 +87,8 @@ def test_import_twice_adds_once(capsys: pytest.CaptureFixture[str]) -> None:
         (("list", "--journal", "gone.json"), 1, "error: there is no journal at gone.json"),
         (("list", "--since", "March"), 2, "error: --since 'March' is not a date; write it like '2025-03-02'"),
         (("add", "x", "--date", "soon"), 2, "error: --date 'soon' is not an ISO 8601 date;"),
-        (("show", "1999"), 1, "error: no entry's id begins with '1999'"),
-        (("show", "2025-03"), 1, "error: 4 ids begin with '2025-03'"),
+        (("show", "1999"), 1, "error: no entry's id or date begins with '1999'"),
+        (("show", "2025-03"), 1, "error: 4 entries begin with '2025-03'"),
         (("show",), 2, "error: Missing argument 'ID'."),
     ],
 )
@@ -112,3 +112,15 @@ def test_lines_fit_the_terminal_and_hold_no_controls(capsys: pytest.CaptureFixtu
 
 def test_index_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert lyra(capsys, "index", "--journal", str(SAMPLE))[1] == "32 entries, 32 passages by words alone\n"
+
+
+def test_an_entry_without_a_date_in_its_id_is_shown_by_its_date(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "j.json"
+    entries = [
+        {"id": name, "timestamp": f"2025-03-0{day}", "text": f"Day {day}."} for day, name in ((1, "a"), (2, "b"))
+    ]
+    file.write_text(json.dumps(entries))
+    assert "Day 2." in lyra(capsys, "show", "2025-03-02", "--journal", str(file))[1]
+    assert "2 entries begin with '2025-03'" in lyra(capsys, "show", "2025-03", "--journal", str(file))[2]

@@ -113,7 +113,7 @@ def list_command(
 @journal_app.command("show")
 def show_command(
     *,
-    name: Annotated[str, typer.Argument(metavar="ID", help="its id, or how it begins", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="ID", help="its id or date, or how that begins", show_default=False)],
     journal: JournalOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -286,10 +286,10 @@ def _open(
 def _no_single(name: str, found: Sequence[JournalEntry]) -> JournalError:
     hint = "lyra.py journal list --json has all ids"
     if not found:
-        return JournalError(f"no entry's id begins with {name!r}", hint=hint)
+        return JournalError(f"no entry's id or date begins with {name!r}", hint=hint)
     ids = "\n".join(f"  {entry.id}" for entry in found[:_MOST_LISTED])
     more = " or more" if len(found) > _MOST_LISTED else ""
-    return JournalError(f"{min(len(found), _MOST_LISTED)}{more} ids begin with {name!r}\n{ids}", hint=hint)
+    return JournalError(f"{min(len(found), _MOST_LISTED)}{more} entries begin with {name!r}\n{ids}", hint=hint)
 
 
 def _text(words: list[str] | None, console: Console) -> str:

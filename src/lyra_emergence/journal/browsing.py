@@ -39,9 +39,11 @@ def entries_of(
 
 
 def entries_beginning(index: JournalIndex, name: str, limit: int) -> tuple[JournalEntry, ...]:
-    """Return the entry with the id `name`, or else those whose id begins with it, `limit` at most."""
+    """Return the entry with the id `name`, else those whose id, else whose date, begins with it, `limit` at most."""
     exact = index.store.entries("id = ?", (name,))
-    return exact or index.store.entries("substr(id, 1, ?) = ?", (len(name), name), limit=limit)
+    begins = (len(name), name)
+    exact = exact or index.store.entries("substr(id, 1, ?) = ?", begins, limit=limit)
+    return exact or index.store.entries("substr(timestamp, 1, ?) = ?", begins, limit=limit)
 
 
 def stats_of(index: JournalIndex) -> dict[str, Any]:
