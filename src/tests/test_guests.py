@@ -266,7 +266,7 @@ def test_a_refused_allocation_loses_nothing(
     counted = sim.allocations(0)
     assert answer(loaded) == expected(directory)
     total = sim.allocations(0) - counted
-    for nth in range(1, total, max(1, total // 40)):
+    for nth in range(1, total, max(1, total // 16)):
         sim.fail_at(nth, persistent=persistent)
         assert answer(loaded) == expected(directory), nth
         assert sim.injected(0) > 0, nth
