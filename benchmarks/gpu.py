@@ -7,7 +7,8 @@
 Weights are random, in bfloat16, and made on the spot. A card of any size plays a small one: each process may take no
 more than `--card` of it (`set_per_process_memory_fraction`). Of the layers, the first `--share` are on the GPU, with
 norm and head; the others and the table of embeddings in main memory. accelerate gets the same map: it copies those
-layers to the GPU for every pass. With a share of 1 both engines have all on the GPU.
+layers to the GPU for every pass. With a share of 1 all engines have all on the GPU, and Lyra runs with its steps
+compiled too.
 
 Every engine runs in a process of its own; rounds go through the engines in turn. A round is a prompt of 64 and one of
 2,048 tokens, and 8 tokens after each. Before the first case the machine is measured: what a product of one row reads of
@@ -44,8 +45,10 @@ if TYPE_CHECKING:
 PROMPTS = (64, 2048)
 NEW_TOKENS = 9
 CONTEXT = 4096
-ENGINES = {"lyra": True, "lyra-in-place": False}
-"""Lyra's engines, and whether prompts stream layers through the GPU."""
+ENGINES: dict[str, dict[str, bool]] = {"lyra": {}, "lyra-in-place": {"prompt_streaming": False}}
+"""What is compared where layers are in main memory: long prompts stream them through the GPU, or do not."""
+WHOLE_ENGINES: dict[str, dict[str, bool]] = {"lyra": {}, "lyra-compiled": {"compile_decode": True}}
+"""What is compared where all are on the GPU: steps run kernel by kernel, or compiled. The first round compiles."""
 PEER = "accelerate"
 CARDS = {"tiny": "1GB", "1.1b": "6GB", "3b": "8GB", "8b": "12GB", "13b": "24GB"}
 WHOLE_CARDS = {"8b": "24GB", "13b": "40GB"}
@@ -125,7 +128,7 @@ def measure(case: Case, rounds: int, *, simulated: bool, end: float) -> dict[str
     processes = {}
     try:
         # One after the other, and the peer first: pages of the file are in the kernel's cache for both.
-        for engine in (PEER, *(ENGINES if case.share < 1 else ["lyra"])):
+        for engine in (PEER, *(ENGINES if case.share < 1 else WHOLE_ENGINES)):
             processes[engine] = _start(engine, case, simulated=simulated)
             rows[engine] = {name: [figure] for name, figure in asked(processes[engine], "").items()}
         for number in range(rounds + 1):
@@ -204,7 +207,7 @@ def _lyra(engine: str, case: Case, directory: Path) -> tuple[Callable[[int], dic
     from lyra_emergence.speed import predict, rates
 
     named = {name: place for name, place in case.device_map().items() if name != "model.rotary_emb"}
-    config = ModelConfig(device_map=named, context_length=CONTEXT, prompt_streaming=ENGINES[engine], **_limits(case))
+    config = ModelConfig(device_map=named, context_length=CONTEXT, **(ENGINES | WHOLE_ENGINES)[engine], **_limits(case))
     machine = probe_machine(with_torch=True)
     known = rates(machine)
     plan = make_plan(config, read_checkpoint(directory), machine)

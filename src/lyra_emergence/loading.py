@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lyra_emergence.placement import Placement
     from lyra_emergence.plan import Plan
     from lyra_emergence.runtime.blocks import LoadedForm, PlacedBlock
+    from lyra_emergence.runtime.compiled_decode import CompiledDecode
     from lyra_emergence.runtime.cpu.packed_store import PackedStore
     from lyra_emergence.runtime.ladder import Ladder
     from lyra_emergence.runtime.residency import Residency
@@ -62,6 +63,7 @@ class LoadedModel:
         blocks: The model's blocks with their present devices.
         residency: Moves the blocks while the model is in use.
         tell: Called with what happens to the model's memory, as `on_event` of `load`.
+        compiled: The compiled step of one token, where the configuration asks for it and the model allows it.
         step_lock: Held while the model runs a step, so that several generators can share it; they get it in the order
             in which they asked.
     """
@@ -74,6 +76,7 @@ class LoadedModel:
     blocks: tuple[PlacedBlock, ...]
     residency: Residency = field(repr=False)
     tell: Callable[[LoadEvent], None] = field(repr=False)
+    compiled: CompiledDecode | None = field(default=None, repr=False)
     step_lock: TurnLock = field(default_factory=TurnLock, repr=False)
 
     @property
@@ -88,6 +91,8 @@ class LoadedModel:
 
     def close(self) -> None:
         """Drop every copy on every device; the model is of no use afterwards."""
+        if self.compiled is not None:
+            self.compiled.close()
         self.model = None
         self.residency.close()
 
@@ -181,7 +186,20 @@ def _load(
         notes=plan.notes,
     )
     tell(LoadEvent("ready", f"ready on rung '{report.rung}' in {report.seconds:.1f} s"))
-    return LoadedModel(model, tokenizer, config, plan, report, blocks, residency, tell)
+    compiled = _compiled(model, residency, plan, tell) if config.compile_decode else None
+    return LoadedModel(model, tokenizer, config, plan, report, blocks, residency, tell, compiled)
+
+
+def _compiled(model: Any, residency: Residency, plan: Plan, tell: Callable[[LoadEvent], None]) -> CompiledDecode | None:
+    from lyra_emergence.runtime.compiled_decode import CompiledDecode, why_not_compiled
+
+    reason = why_not_compiled(model, quantized=plan.footprint.quantization is not None)
+    if reason is None and residency.alone_on is None:
+        reason = "the model does not lie wholly on one accelerator"
+    if reason is None:
+        return CompiledDecode(model, residency, tell)
+    tell(LoadEvent("note", f"'compile_decode' has no effect: {reason}"))
+    return None
 
 
 def _first_line(error: BaseException) -> str:

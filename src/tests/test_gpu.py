@@ -98,6 +98,20 @@ def test_a_long_prompt_runs_layers_of_main_memory_on_the_gpu(family: str, checkp
     loaded.close()
 
 
+def test_a_compiled_step_gives_the_same_tokens(checkpoints: Checkpoints) -> None:
+    directory, notes = checkpoints("llama"), []
+    config = ModelConfig(device_map={"": 0}, compile_decode=True)
+    loaded = load(config, directory=directory, on_event=lambda event: notes.append(event.message))
+    for _ in range(3):  # the first traces, the second records, the third replays
+        assert greedy(loaded) == reference(directory)
+    assert loaded.compiled is not None
+    assert not loaded.compiled.ended, notes
+    at_rest = torch.cuda.memory_allocated()
+    assert greedy(loaded) == reference(directory)
+    assert torch.cuda.memory_allocated() <= at_rest
+    loaded.close()
+
+
 def test_guests_wait_for_their_copies_and_hosts_for_their_guests(tmp_path: Path) -> None:
     # Layers large enough that copying one and computing one take milliseconds each.
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}

@@ -33,6 +33,7 @@ _BOOLEANS = (
     "allow_quantization",
     "cpu_kernels",
     "prompt_streaming",
+    "compile_decode",
     "trust_remote_code",
 )
 _WHOLE_NUMBERS = ("gpu_layers_fallback", "context_length")

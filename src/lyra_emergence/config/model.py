@@ -145,6 +145,13 @@ class ModelConfig(BaseModel):
             "they always run on the CPU."
         ),
     )
+    compile_decode: bool = Field(
+        default=False,
+        description=(
+            "Compile the step of one token where the model lies wholly on one accelerator; the first answer waits for "
+            "it."
+        ),
+    )
     packed_cache: _CacheSize = Field(
         default="20GB",
         description=(

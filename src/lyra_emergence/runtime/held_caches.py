@@ -11,17 +11,21 @@ from lyra_emergence.errors import is_out_of_memory
 from lyra_emergence.runtime.kv_cache import (
     cut_back,
     give_room,
+    has_room,
     held_bytes,
     move_layer,
     offload,
     offloading_caches,
     onload,
 )
+from lyra_emergence.runtime.static_caches import StaticCaches, capacity_for
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
 __all__ = ["HeldCaches"]
+
+CPU = "cpu"
 
 
 class HeldCaches:
@@ -35,19 +39,32 @@ class HeldCaches:
         known: Whether they are of classes whose layers can be moved one by one.
 
     Attributes:
-        caches: As the model takes them; {} before it made any, and where it has none.
         held: Tokens that they hold.
     """
 
     def __init__(self, config: Any, context: int, most_tokens: int, batch: int, *, known: bool) -> None:
-        self.caches: dict[str, Any] = {}
+        self._caches: dict[str, Any] = {}
         self.held = 0
+        self._static: StaticCaches | None = None
         self._config = config
         self._context = context
         self._most_tokens = most_tokens
         self._batch = batch
         self._known = known
         self._offloaded: dict[str, frozenset[int]] = {}
+
+    @property
+    def caches(self) -> dict[str, Any]:
+        """As the model takes them; {} before it made any, and where it has none."""
+        if self._static is not None:
+            self._static.settle()
+            self._static = None
+        return self._caches
+
+    @caches.setter
+    def caches(self, caches: dict[str, Any]) -> None:
+        self._static = None
+        self._caches = caches
 
     @property
     def movable(self) -> bool:
@@ -85,6 +102,29 @@ class HeldCaches:
             if not is_out_of_memory(error):
                 raise
 
+    @property
+    def is_static(self) -> bool:
+        """Whether they are in the form that `static` returns."""
+        return self._static is not None
+
+    @property
+    def room_wanted(self) -> int:
+        """Tokens that the static form has room for beyond those that are to come at most."""
+        return capacity_for(self._most_tokens, self._context) - self._most_tokens
+
+    def static(self) -> StaticCaches | None:
+        """Return the caches in a form whose shapes do not change; None where they have none.
+
+        What adds to it also counts here, with `held`. Whoever takes `caches` ends it.
+
+        Raises:
+            RuntimeError: Memory ran out; the caches are as they were, but for where they lie.
+        """
+        if self._static is None and self.held and self._known and not self._offloaded:
+            capacity = capacity_for(self._most_tokens, self._context)
+            self._static = StaticCaches.over(self._caches, self._config, self.held, capacity)
+        return self._static
+
     def move_cache(self, layer: int, device: str) -> None:
         """Move a layer's part of the caches, or drop them where that cannot be done; the lock is held."""
         moved = False
@@ -98,11 +138,11 @@ class HeldCaches:
 
     def cached_bytes(self, device: str) -> int:
         """Return the bytes of the caches on a device."""
-        return held_bytes(self.caches, device)
+        return held_bytes(self._caches, device)
 
     def share_to_come(self, device: str) -> float:
         """Return the tokens that the caches on a device may still take in, as a share of the context."""
-        if device in self._offloaded:
+        if device in self._offloaded or (device != CPU and has_room(self._caches, device)):
             return 0.0
         return self._to_come()
 

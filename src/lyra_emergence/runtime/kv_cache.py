@@ -21,6 +21,7 @@ __all__ = [
     "can_move",
     "cut_back",
     "give_room",
+    "has_room",
     "held_bytes",
     "move_layer",
     "offload",
@@ -79,7 +80,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' types are
     def make_room(self, tokens: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return tensors like `keys` and `values` with room for `tokens` tokens, which hold what is held."""
         held = self.get_seq_length()
-        if self.room is None or self.room[0].shape[-2] < tokens or not self._shows_room():
+        if self.room is None or self.room[0].shape[-2] < tokens or not self.shows_room():
             capacity = max(self.capacity, tokens)
             made = tuple(like.new_empty((*like.shape[:-2], capacity, like.shape[-1])) for like in (keys, values))
             for new, old in zip(made, (self.keys, self.values), strict=True):
@@ -88,7 +89,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' types are
             self.room = (made[0], made[1])
         return self.room
 
-    def _shows_room(self) -> bool:
+    def shows_room(self) -> bool:
         """Return whether what is held lies in the room: who cut it or moved it may have put other tensors there."""
         assert self.room is not None
         return not self.get_seq_length() or self.keys.data_ptr() == self.room[0].data_ptr()
@@ -255,15 +256,28 @@ def give_room(caches: Mapping[str, Any], indices: Collection[int], capacity: int
 
 
 def held_bytes(caches: Mapping[str, Any], device: str) -> int:
-    """Return the bytes of keys and values on `device`, where the caches tell their layers apart."""
+    """Return the bytes of keys and values on `device`, where the caches tell their layers apart.
+
+    Room for tokens to come is counted on an accelerator; in main memory it takes none until it is written to.
+    """
     there = torch.device(device)
     tensors = (
-        tensor
-        for layer in _all_layers(caches)
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if isinstance(tensor, torch.Tensor)
+        tensor for layer in _all_layers(caches) for tensor in _kept_by(layer) if isinstance(tensor, torch.Tensor)
     )
     return sum(tensor.nbytes for tensor in tensors if tensor.device == there)
+
+
+def has_room(caches: Mapping[str, Any], device: str) -> bool:
+    """Return whether all caches on `device` have room for the tokens to come already."""
+    there = torch.device(device)
+    here = [layer for layer in _all_layers(caches) if getattr(layer, "device", None) == there]
+    return bool(here) and all(type(layer) is RoomyLayer and layer.room is not None for layer in here)
+
+
+def _kept_by(layer: Any) -> tuple[Any, Any]:
+    if type(layer) is RoomyLayer and layer.room is not None and layer.room[0].device != _CPU and layer.shows_room():
+        return layer.room
+    return getattr(layer, "keys", None), getattr(layer, "values", None)
 
 
 def _all_layers(caches: Mapping[str, Any]) -> Iterator[Any]:

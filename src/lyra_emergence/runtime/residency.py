@@ -95,6 +95,12 @@ class Residency:
         return tuple(dict.fromkeys(block.device for block in self._blocks.values() if block.device != CPU))
 
     @property
+    def alone_on(self) -> str | None:
+        """The accelerator that holds every block and every cache now; None where there is none."""
+        devices = {block.device for block in self._blocks.values()}
+        return None if self._offloaded or CPU in devices or len(devices) > 1 else devices.pop()
+
+    @property
     def uses_main_memory(self) -> bool:
         """Whether blocks run on the CPU, or caches of others lie in main memory."""
         return bool(self._running_on(CPU) or self._offloaded)
@@ -122,6 +128,11 @@ class Residency:
     def shortfall(self, device: str) -> int:
         """Return the bytes that running what is on `device` may want beyond what is free there; 0 where it fits."""
         return max(0, self._wanted(device) - free_bytes(device))
+
+    def has_room_for(self, device: str, tokens: int) -> bool:
+        """Return whether a device has room for the caches of `tokens` tokens beside all that may be wanted there."""
+        kv_cache = sum(p.kv_cache for p in self._running_on(device))
+        return kv_cache * tokens // self._plan.context_length + self._wanted(device) <= free_bytes(device)
 
     def _wanted(self, device: str) -> int:
         """Temporaries at their most, and what the caches of all followers may still grow by."""

@@ -170,6 +170,8 @@ class Stepper:
             if self._kept is not None and held.caches and not held.offloaded and held.cut_back():
                 self._kept.keep(self._seen[: held.held], held.caches)
             held.drop()
+            if self._loaded.compiled is not None:
+                self._loaded.compiled.release(self)
             self._loaded.residency.end_step()
         return_freed_memory()
 
@@ -230,6 +232,9 @@ class Stepper:
                 self._loaded.tell(LoadEvent("note", "no more threads can be started: one computes"))
             self._climb_now_and_then()
             self._ran_on = self._loaded.residency.accelerators
+            compiled = self._run_compiled()
+            if compiled is not None:
+                return compiled
             # Without caches (a model that returns none) everything so far runs again.
             held = self.cached
             end = min(len(self._seen), held.held + self._chunk)
@@ -246,6 +251,29 @@ class Stepper:
             if first:
                 held.give_room(self._loaded.residency.layers_on(CPU))
             return row
+
+    def _run_compiled(self) -> torch.Tensor | None:
+        """Run one token by the compiled step and return its logits, (batch, vocab); None where there is none for it."""
+        compiled, held = self._loaded.compiled, self.cached
+        if compiled is None or not held.held or len(self._seen) - held.held != 1:
+            return None
+        device = compiled.device_for(self)
+        if device is None:
+            return None
+        if not held.is_static and not self._loaded.residency.has_room_for(device, held.room_wanted):
+            return None
+        static = held.static()
+        if static is None:
+            compiled.end("its caches are of a kind whose shapes change")
+            return None
+        inputs = torch.tensor([self._seen[-1:]] * self._batch, device=device)  # (batch, 1)
+        logits = compiled.run(self, {"input_ids": inputs, "use_cache": True, **static.caches, **self._last_only})
+        if logits is None:
+            return None
+        static.advance(1)
+        held.held += 1
+        row: torch.Tensor = logits[:, -1].float()  # (batch, vocab)
+        return row
 
     @contextlib.contextmanager
     def _guests(self, tokens: int) -> Iterator[dict[str, Any]]:
@@ -282,6 +310,8 @@ class Stepper:
         with self._loaded.step_lock:
             residency = self._loaded.residency
             device = failing_device(failure, self._ran_on)
+            if self._loaded.compiled is not None and device != CPU:
+                self._loaded.compiled.end(f"memory ran out on {device}")
             if not self.cached.cut_back():
                 self.cached.drop()
             give_back()
