@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # as the work takes. Set before torch is imported; programs that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+_MOST_WORKERS = 4
+"""Each has torch, transformers and the models of its tests in memory, a gigabyte of it."""
 _OUTCOME = pytest.StashKey[bool]()
 # Set by a developer or a CI machine: a test must not see them.
 _FOREIGN_VARIABLES = (
@@ -35,10 +37,20 @@ _FOREIGN_VARIABLES = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None) and config.cache is not None:
+        # Each of the programs that tests start would compile all of torch and transformers anew.
+        sys.dont_write_bytecode = False
+        sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = str(config.cache.mkdir("bytecode"))
     # huggingface_hub reads this once, when it is first imported: during collection, before any fixture.
     directory = tempfile.TemporaryDirectory(prefix="lyra-hf-home-")
     config.add_cleanup(directory.cleanup)
     os.environ["HF_HOME"] = directory.name
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole suite runs in several processes; what is asked for by name in this one."""
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS and not (config.option.keyword or config.option.lf)
+    return min(_MOST_WORKERS, len(os.sched_getaffinity(0))) if whole else 0
 
 
 @pytest.hookimpl(wrapper=True)

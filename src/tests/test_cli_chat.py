@@ -24,7 +24,7 @@ from lyra_emergence.cli.behind import LoadFailed, ModelBehind
 from lyra_emergence.cli.chat import SLASH_COMMANDS, Chat
 from lyra_emergence.cli.commands import suggestions
 from lyra_emergence.cli.console import Console
-from lyra_emergence.cli.editor import PlainReader, TypedReader, is_open, unquoted
+from lyra_emergence.cli.editor import EmptyInterrupt, PlainReader, TypedReader, is_open, unquoted
 from lyra_emergence.cli.keeping import Keeping
 from lyra_emergence.cli.markdown import BlockSplitter, MarkdownStream
 from lyra_emergence.cli.options import Options
@@ -359,6 +359,13 @@ def test_ctrl_g_opens_the_editor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # --- a model behind the prompt ----------------------------------------------------------------------------------------
 
 
+def until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 class Slow(Scripted):
     """A model that loads until it is let go, and fails where it has an error."""
 
@@ -400,11 +407,17 @@ def test_the_prompt_is_there_while_the_model_loads_and_the_question_waits() -> N
 
 def test_ctrl_c_while_the_question_waits_keeps_the_chat_and_the_load() -> None:
     slow = Slow(["One."])
-    console = console_on()
+    console = Console(stdin=io.StringIO(), stdout=io.StringIO(), stderr=Terminal(), environ={"NO_COLOR": "1"})
     behind = ModelBehind(slow, console)
     chat = Chat(slow, console, behind.wait, loading=behind)
-    threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGINT)).start()
-    threading.Timer(0.8, slow.go_on.set).start()
+
+    def press() -> None:
+        until(lambda: "loading the model" in console.stderr.getvalue())
+        signal.raise_signal(signal.SIGINT)
+        until(lambda: "(stopped)" in console.stderr.getvalue())
+        slow.go_on.set()
+
+    threading.Thread(target=press).start()
     assert chat.run(lines("First?", "Second?")) == 0
     assert "(stopped)" in console.stderr.getvalue()
     assert [turn.question for turn in chat.session.turns] == ["Second?"]
@@ -435,6 +448,27 @@ def test_a_prompt_is_given_up_when_the_load_fails() -> None:
         with pytest.raises(EOFError):
             reader.read()
     assert str(behind.error) == "no such model"
+
+
+def test_ctrl_c_just_before_a_prompt_and_on_its_way_out_is_no_traceback(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    with create_pipe_input() as pipe:
+        reader = TypedReader(console_on(), keys=pipe, screen=DummyOutput())
+        reader._interrupt()  # what a signal calls, here before the prompt is there
+        with pytest.raises(EmptyInterrupt):
+            reader.read()
+        pipe.send_text("half a question\x03\x03")
+        with pytest.raises(KeyboardInterrupt):
+            reader.read()
+        with pytest.raises(EmptyInterrupt):  # the second key was for the next prompt
+            reader.read()
+        pipe.send_text("whole\r")
+        assert reader.read() == "whole"
+    assert "Exception" not in "".join(capfd.readouterr())
 
 
 # --- the status line --------------------------------------------------------------------------------------------------

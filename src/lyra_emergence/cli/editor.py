@@ -131,6 +131,7 @@ class TypedReader:
         self.on_shown: Callable[[], None] = lambda: None
         self.broken: Callable[[], bool] = lambda: False
         self._said = ""
+        self._pressed = False
         self._status = status or (lambda: "")
         # The prompt must not end up in a redirected answer.
         stream = console.stdout if console.answers_to_terminal else console.stderr
@@ -182,6 +183,9 @@ class TypedReader:
         if self.broken():
             app.exit(exception=EOFError())
             return
+        if self._pressed:
+            self._interrupt()
+            return
 
         def shown(_: object) -> None:
             app.after_render -= shown
@@ -189,6 +193,13 @@ class TypedReader:
             on_shown()
 
         app.after_render += shown
+
+    def _interrupt(self) -> None:
+        """End the prompt with Ctrl-C: one that begins, as soon as it has begun; one that ends, as it does."""
+        app = self._session.app
+        self._pressed = app.future is None
+        if not self._pressed and not app.is_done:
+            app.exit(exception=KeyboardInterrupt(), style="class:aborting")
 
     def _give_up(self) -> None:
         app = self._session.app
@@ -199,7 +210,8 @@ class TypedReader:
         return self._said or self._status()
 
     def _bindings(self) -> Any:
-        from prompt_toolkit.filters import is_searching
+        from prompt_toolkit.enums import DEFAULT_BUFFER
+        from prompt_toolkit.filters import has_focus, is_searching
         from prompt_toolkit.key_binding import KeyBindings
 
         bindings = KeyBindings()
@@ -211,6 +223,12 @@ class TypedReader:
                 buffer.newline(copy_margin=False)
             else:
                 buffer.validate_and_handle()
+
+        # prompt_toolkit's own raise where the prompt is not there yet, or not any more.
+        @bindings.add("c-c", filter=has_focus(DEFAULT_BUFFER))
+        @bindings.add("<sigint>")
+        def _interrupted(_: Any) -> None:
+            self._interrupt()
 
         @bindings.add("escape", "enter", filter=~is_searching)
         def _newline(event: Any) -> None:
