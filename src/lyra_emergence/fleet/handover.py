@@ -1,0 +1,188 @@
+"""The commands that run a layout: vLLM's, torchrun's, and the chat that asks the server. Nothing is run here.
+
+vLLM runs in an environment of its own. Its options are those of `vllm serve` as of vllm/engine/arg_utils.py and
+docs/serving/parallelism_scaling.md (096bd6a): several machines without Ray take the same command with `--nnodes`,
+`--node-rank` and `--master-addr`, and `--headless` on all but the first. It packs weights as it loads to 4 bits only
+(bitsandbytes). Its own division of layers is replaced by the plan's (`VLLM_PP_LAYER_PARTITION`) where stages differ.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from lyra_emergence.fleet.machines import RESERVED_BYTES, UTILIZATION
+from lyra_emergence.fleet.shards import shard
+from lyra_emergence.footprint import PREFILL_CHUNK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lyra_emergence.checkpoint import CheckpointIndex
+    from lyra_emergence.fleet.layouts import Layout
+    from lyra_emergence.fleet.shards import FleetModel
+
+__all__ = ["Handover", "hand_over"]
+
+PORT, MASTER_PORT = 8000, 29500
+"""vLLM's default for its server, and torchrun's for its machines to meet at."""
+CONFIG_FILE = "lyra-machines.json"
+_LISTED = 4
+"""Machines whose commands are shown one by one."""
+_HOST = '"$HOST"'
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """Commands for a shell, each on one line.
+
+    Attributes:
+        vllm: One for each machine, in order; the first machine's serves the chat.
+        endpoint: The chat, once the server answers.
+        config: Writes the configuration for torchrun; "" where transformers cannot run the layout.
+        torchrun: One for each machine, in order.
+        notes: What to know before, a sentence each.
+    """
+
+    vllm: tuple[str, ...]
+    endpoint: str
+    config: str
+    torchrun: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def lines(self) -> Iterator[str]:
+        """Yield the commands, indented by four spaces, each group under a line that says where it runs."""
+        several = len(self.vllm) > 1
+        where = f"on each of the {len(self.vllm)} machines" if several else "on one machine"
+        yield f"with vLLM, {where}, in an environment of its own:"
+        if several:
+            yield "    export HOST=first-machine   # the first machine's name or address"
+        yield from _listed(self.vllm)
+        yield "then the chat:"
+        yield f"    {self.endpoint}"
+        if self.torchrun:
+            yield f"or with transformers, {where}:"
+            yield f"    {self.config}"
+            yield from _listed(self.torchrun)
+        yield from self.notes
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def hand_over(model: FleetModel, layout: Layout, *, trust_remote_code: bool = False) -> Handover:
+    """Return the commands for one replica of `layout`.
+
+    Args:
+        model: The model.
+        layout: How it is laid out.
+        trust_remote_code: Whether the configuration lets code of the checkpoint run.
+    """
+    several = layout.machines > 1
+    host = "$HOST" if several else "127.0.0.1"
+    served = [_vllm(model, layout, rank, trust_remote_code=trust_remote_code) for rank in range(layout.machines)]
+    against = _transformers_obstacle(model, layout)
+    started = [] if against else [_torchrun(layout, rank) for rank in range(layout.machines)]
+    return Handover(
+        vllm=tuple(served),
+        endpoint=f"lyra.py --endpoint http://{host}:{PORT}/v1",
+        config="" if against else _write_config(model, layout, trust_remote_code=trust_remote_code),
+        torchrun=tuple(started),
+        notes=tuple(_notes(model, layout, against)),
+    )
+
+
+def _listed(commands: Sequence[str]) -> Iterator[str]:
+    if len(commands) <= _LISTED:
+        yield from (f"    {command}" for command in commands)
+        return
+    yield from (f"    {command}" for command in commands[:2])
+    yield f"  and so on up to --node-rank {len(commands) - 1}"
+
+
+def model_word(index: CheckpointIndex) -> str:
+    """Return what names a checkpoint on any machine, quoted for a shell: its hub id, else its folder's full path."""
+    return shlex.quote(_name(index))
+
+
+def _name(index: CheckpointIndex) -> str:
+    is_hub_id = bool(index.label) or (index.directory.parent.name == "snapshots" and "/" in index.name)
+    return index.name if is_hub_id else str(index.directory.resolve())
+
+
+def _vllm(model: FleetModel, layout: Layout, rank: int, *, trust_remote_code: bool) -> str:
+    footprint = model.footprint
+    counts = [stage.layers for stage in layout.stages]
+    words = ["VLLM_PP_LAYER_PARTITION=" + ",".join(map(str, counts))] if len(set(counts)) > 1 else []
+    words += ["vllm", "serve", model_word(model.index)]
+    words += ["--tensor-parallel-size", str(layout.tensor), "--pipeline-parallel-size", str(len(layout.stages))]
+    words += ["--max-model-len", str(footprint.context_length), "--dtype", footprint.dtype]
+    words += ["--gpu-memory-utilization", str(UTILIZATION), "--max-num-batched-tokens", str(PREFILL_CHUNK)]
+    if footprint.quantization is not None:
+        words += ["--quantization", "bitsandbytes"]
+    if trust_remote_code:
+        words.append("--trust-remote-code")
+    if layout.machines == 1:
+        return " ".join([*words, "--host", "127.0.0.1"])
+    words += ["--nnodes", str(layout.machines), "--node-rank", str(rank), "--master-addr", _HOST]
+    return " ".join([*words, *["--headless"] * (rank > 0)])
+
+
+def _torchrun(layout: Layout, rank: int) -> str:
+    words = ["torchrun", "--nnodes", str(layout.machines), "--nproc-per-node", str(layout.gpus_per_machine)]
+    if layout.machines > 1:
+        words += ["--node-rank", str(rank), "--master-addr", _HOST, "--master-port", str(MASTER_PORT)]
+    return " ".join([*words, "lyra.py", "--model-config", CONFIG_FILE])
+
+
+def _write_config(model: FleetModel, layout: Layout, *, trust_remote_code: bool) -> str:
+    data: dict[str, Any] = {
+        "model_id": _name(model.index),
+        "dtype": model.footprint.dtype,
+        "context_length": model.footprint.context_length,
+        "distributed": {"tp_size": layout.tensor, "pp_size": len(layout.stages)},
+    }
+    if trust_remote_code:
+        data["trust_remote_code"] = True
+    return f"echo {shlex.quote(json.dumps(data, ensure_ascii=False))} > {CONFIG_FILE}"
+
+
+def _transformers_obstacle(model: FleetModel, layout: Layout) -> str:
+    """Return why transformers 5.23 cannot run a layout; "" where it can."""
+    shape = model.shape
+    if layout.gpus == 1:
+        return "nothing is divided"
+    if model.footprint.quantization is not None:
+        return "it divides no packed weights"
+    if layout.tensor > 1 and (shape.latent or shape.key_heads % layout.tensor):
+        return f"it does not copy heads of keys and values, of which {layout.tensor} GPUs would need one each"
+    return "" if _holds_as_transformers_divides(model, layout) else "its last stage takes all layers that are left over"
+
+
+def _holds_as_transformers_divides(model: FleetModel, layout: Layout) -> bool:
+    """Return whether the stages hold layers in equal numbers, and the last one the rest as well.
+
+    As transformers 5.23 divides them (distributed/pipeline_parallel.py).
+    """
+    shards = shard(model, layout.tensor)
+    count, stages = len(shards.layers), len(layout.stages)
+    ends = [stage * (count // stages) for stage in range(stages)] + [count]
+    for at, (start, end) in enumerate(pairwise(ends)):
+        mine = {"first": at == 0, "last": at == stages - 1}
+        held = sum(layer.weights + layer.kv_cache for layer in shards.layers[start:end]) + RESERVED_BYTES
+        if held + shards.beside(**mine) + shards.temporaries(**mine) > layout.stages[at].limit:
+            return False
+    return True
+
+
+def _notes(model: FleetModel, layout: Layout, against: str) -> Iterator[str]:
+    if against and layout.gpus > 1:
+        yield f"transformers (torchrun) cannot run this layout: {against}"
+    if layout.machines > 1:
+        yield "vLLM then listens on every address and asks for no key unless --api-key is given"
+        if model.index.directory.resolve().is_absolute() and _name(model.index).startswith("/"):
+            yield "the model's folder has to be at that path on every machine"

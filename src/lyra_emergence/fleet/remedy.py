@@ -1,0 +1,34 @@
+"""What a model that does not fit this machine would fit: how many machines like it, and the commands for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lyra_emergence.fleet.handover import hand_over
+from lyra_emergence.fleet.machines import Hardware, MachineKind
+from lyra_emergence.fleet.planning import fewest_machines, like_these
+
+if TYPE_CHECKING:
+    from lyra_emergence.fleet.shards import FleetModel
+    from lyra_emergence.machine import Machine
+
+__all__ = ["kind_of", "machines_hint"]
+
+_USUAL_GPU = 24 * 10**9
+"""Bytes of the GPU that is spoken of where a machine has none."""
+
+
+def kind_of(machine: Machine) -> MachineKind:
+    """Return what a machine is in a fleet: its GPUs, each as large as the smallest; one of 24 GB where it has none."""
+    sizes = [device.total_bytes for device in machine.accelerators]
+    return MachineKind(1, len(sizes) or 1, min(sizes, default=_USUAL_GPU))
+
+
+def machines_hint(model: FleetModel, machine: Machine, *, trust_remote_code: bool = False) -> str:
+    """Return how many machines like this one hold a model, and the commands for them; "" where no number does."""
+    kind = kind_of(machine)
+    layout = fewest_machines(model, kind, Hardware())
+    if layout is None:
+        return ""
+    lines = hand_over(model, layout, trust_remote_code=trust_remote_code).lines()
+    return "\n".join((f"{like_these(kind, layout.machines)} would hold it", *lines))
