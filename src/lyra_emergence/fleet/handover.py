@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lyra_emergence.fleet.layouts import Layout
     from lyra_emergence.fleet.shards import FleetModel
 
-__all__ = ["Handover", "hand_over"]
+__all__ = ["Handover", "hand_over", "model_word"]
 
 PORT, MASTER_PORT = 8000, 29500
 """vLLM's default for its server, and torchrun's for its machines to meet at."""
@@ -158,6 +158,8 @@ def _transformers_obstacle(model: FleetModel, layout: Layout) -> str:
         return "nothing is divided"
     if model.footprint.quantization is not None:
         return "it divides no packed weights"
+    if layout.tensor > 1 and len(layout.stages) > 1:
+        return "its 5.23 fails where tensor and pipeline parallelism are combined"
     if layout.tensor > 1 and (shape.latent or shape.key_heads % layout.tensor):
         return f"it does not copy heads of keys and values, of which {layout.tensor} GPUs would need one each"
     return "" if _holds_as_transformers_divides(model, layout) else "its last stage takes all layers that are left over"
