@@ -113,6 +113,17 @@ def test_what_is_no_machine(written: list[str], message: str) -> None:
     assert str(caught.value) == message
 
 
+@given(text=st.text(alphabet="0123456789.xX GMTBibk", max_size=30))
+def test_any_text_is_machines_or_an_error_of_ours(text: str) -> None:
+    try:
+        kinds = read_machines([text])
+    except ConfigError:
+        return
+    (kind,) = kinds
+    assert 1 <= kind.gpus_in_all <= 1000
+    assert 0 <= kind.limit <= kind.nbytes
+
+
 # --- Bytes ---------------------------------------------------------------------------------------
 
 

@@ -30,14 +30,14 @@ __all__ = [
 
 MachinesOption = Annotated[
     list[str] | None,
-    typer.Option("--machines", metavar="4x24GB", help="plan on paper for machines, 2x8x80GB with 8 GPUs; repeatable"),
+    typer.Option("--machines", metavar="4x24GB", help="plan for several machines (2x8x80GB: 8 GPUs each)"),
 ]
 LinkOption = Annotated[
     str | None, typer.Option("--link", metavar="10Gbit", help="with --machines: the network between them [10Gbit]")
 ]
 GpuLinkOption = Annotated[
     str | None,
-    typer.Option("--gpu-link", metavar="32GB/s", help="with --machines: what two GPUs of one exchange [31.5GB/s]"),
+    typer.Option("--gpu-link", metavar="64GB/s", help="with --machines: between GPUs of one [31.5GB/s]"),
 ]
 BandwidthOption = Annotated[
     str | None,

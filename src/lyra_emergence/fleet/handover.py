@@ -110,8 +110,11 @@ def model_word(index: CheckpointIndex) -> str:
 
 
 def _name(index: CheckpointIndex) -> str:
-    is_hub_id = bool(index.label) or (index.directory.parent.name == "snapshots" and "/" in index.name)
-    return index.name if is_hub_id else str(index.directory.resolve())
+    return index.name if _is_on_the_hub(index) else str(index.directory.resolve())
+
+
+def _is_on_the_hub(index: CheckpointIndex) -> bool:
+    return bool(index.label) or (index.directory.parent.name == "snapshots" and "/" in index.name)
 
 
 def _vllm(model: FleetModel, layout: Layout, rank: int, *, trust_remote_code: bool) -> str:
@@ -160,7 +163,7 @@ def _transformers_obstacle(model: FleetModel, layout: Layout) -> str:
         return "it divides no packed weights"
     if layout.tensor > 1 and len(layout.stages) > 1:
         return "its 5.23 fails where tensor and pipeline parallelism are combined"
-    if layout.tensor > 1 and (shape.latent or shape.key_heads % layout.tensor):
+    if layout.tensor > 1 and not shape.latent and shape.key_heads % layout.tensor:
         return f"it does not copy heads of keys and values, of which {layout.tensor} GPUs would need one each"
     return "" if _holds_as_transformers_divides(model, layout) else "its last stage takes all layers that are left over"
 
@@ -184,7 +187,9 @@ def _holds_as_transformers_divides(model: FleetModel, layout: Layout) -> bool:
 def _notes(model: FleetModel, layout: Layout, against: str) -> Iterator[str]:
     if against and layout.gpus > 1:
         yield f"transformers (torchrun) cannot run this layout: {against}"
+    if model.footprint.quantization is not None and layout.gpus > 1:
+        yield "that vLLM packs to 4 bits on several GPUs was not checked for this model"
     if layout.machines > 1:
         yield "vLLM then listens on every address and asks for no key unless --api-key is given"
-        if model.index.directory.resolve().is_absolute() and _name(model.index).startswith("/"):
+        if not _is_on_the_hub(model.index):
             yield "the model's folder has to be at that path on every machine"
