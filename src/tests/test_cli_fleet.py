@@ -57,7 +57,7 @@ def planned(directory: Path, *machines: str) -> FleetPlan:
 
 def shown(made: FleetPlan, *, stdout: io.StringIO | None = None, **environ: str) -> list[str]:
     console = Console(stdout=stdout or io.StringIO(), stderr=io.StringIO(), environ=environ)
-    return list(render_fleet(made, hand_over(made.model, made.chosen), "llama-70b", console))
+    return list(render_fleet(made, hand_over(made.model, made.chosen, made.machines), "llama-70b", console))
 
 
 def test_the_table_and_the_reason(directory: Path) -> None:

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from lyra_emergence.checkpoint import CheckpointIndex
 
 GB = 10**9
-COMBINED = (
-    "transformers (torchrun) cannot run this layout: its 5.23 fails where tensor and pipeline parallelism are combined"
-)
 SIZES = {"layers": 80, "hidden": 8192, "inner": 28672, "heads": 64, "key_heads": 8, "vocab": 128_256}
 
 
@@ -76,7 +73,7 @@ def llama_70b(tmp_path_factory: pytest.TempPathFactory) -> CheckpointIndex:
 def handed(index: CheckpointIndex, *machines: str, trust: bool = False, **wanted: Any) -> Handover:
     model = FleetModel(index, estimate_footprint(index, **wanted))
     made = plan_fleet(model, read_machines(machines), Hardware())
-    return hand_over(model, made.chosen, trust_remote_code=trust)
+    return hand_over(model, made.chosen, made.machines, trust_remote_code=trust)
 
 
 def test_one_machine(llama_70b: CheckpointIndex) -> None:
@@ -111,9 +108,7 @@ def test_several_machines_take_the_same_command_with_ranks(llama_70b: Checkpoint
     assert {(x.tensor_parallel_size, x.pipeline_parallel_size, x.master_addr) for x in read} == {(4, 2, "$HOST")}
     assert all('--master-addr "$HOST"' in command for command in made.vllm), "for the shell to fill in"
     assert made.endpoint == "lyra.py --endpoint http://$HOST:8000/v1"
-    assert made.torchrun == ()
     assert made.notes == (
-        COMBINED,
         "vLLM then listens on every address and asks for no key unless --api-key is given",
         "the model's folder has to be at that path on every machine",
     )
@@ -126,18 +121,16 @@ def test_stages_of_several_sizes_are_told_to_vllm(llama_70b: CheckpointIndex) ->
         variables, options = read_vllm(command)
         assert variables == {"VLLM_PP_LAYER_PARTITION": "10,12,12,12,12,12,10"}
         assert (options.pipeline_parallel_size, options.nnodes, options.node_rank) == (7, 7, rank)
-    assert made.torchrun == ()
-    assert made.config == ""
-    assert made.notes[0] == (
-        "transformers (torchrun) cannot run this layout: its last stage takes all layers that are left over"
-    )
 
 
 def test_many_machines_are_not_listed_one_by_one(llama_70b: CheckpointIndex) -> None:
     lines = list(handed(llama_70b, "8x24GB").lines())
-    assert lines[0] == "with vLLM, on each of the 7 machines, in an environment of its own:"
+    assert lines[0] == "with vLLM, on each of 7 machines, in an environment of its own:"
     assert lines[1] == "    export HOST=first-machine   # the first machine's name or address"
     assert sum("vllm serve" in line for line in lines) == 2
+    assert sum("torchrun" in line for line in lines) == 2
+    assert sum("export HOST" in line for line in lines) == 1
+    assert "or with transformers, on each of 8 machines:" in lines
     assert lines[4:7] == [
         "  and so on up to --node-rank 6",
         "then the chat:",
@@ -151,7 +144,7 @@ def test_packed_weights_and_code_of_the_checkpoint(llama_70b: CheckpointIndex) -
     assert (options.quantization, options.trust_remote_code) == ("bitsandbytes", True)
     assert made.torchrun == ()
     assert made.notes == (
-        "transformers (torchrun) cannot run this layout: it divides no packed weights",
+        "there is no command for transformers (torchrun): it divides no packed weights",
         "that vLLM packs to 4 bits on several GPUs was not checked for this model",
     )
 
@@ -191,15 +184,54 @@ def test_torchrun_reads_its_commands_and_a_shell_the_configuration(llama_70b: Ch
     assert get_args_parser().parse_args(shlex.split(alone)[1:]).nproc_per_node == "8"
 
 
+@pytest.mark.parametrize(
+    ("machines", "sizes", "ranks", "started"),
+    [
+        # As vLLM runs it.
+        ("1x8x80GB", (8, 1), (8, 1), 1),
+        ("2x100GB", (1, 2), (1, 2), 2),
+        # 80 layers in 7 stages would be 11 each and 14 for the last; in 8 stages they are 10 each.
+        ("8x24GB", (1, 7), (1, 8), 8),
+        ("7x24GB", (1, 7), None, 0),
+        # Both kinds at once are not for transformers: 8 stages on the same two machines are.
+        ("2x4x24GB", (4, 2), (1, 8), 2),
+    ],
+)
+def test_transformers_divides_in_another_way_where_it_must(  # noqa: PLR0917
+    llama_70b: CheckpointIndex,
+    machines: str,
+    sizes: tuple[int, int],
+    ranks: tuple[int, int] | None,
+    started: int,
+    tmp_path: Path,
+) -> None:
+    made = handed(llama_70b, machines)
+    options = read_vllm(made.vllm[0])[1]
+    assert (options.tensor_parallel_size, options.pipeline_parallel_size) == sizes
+    assert len(made.torchrun) == started
+    if ranks is None:
+        assert made.config == ""
+        assert made.notes[0] == (
+            "there is no command for transformers (torchrun): on these machines, neither tensor parallelism alone nor "
+            "a pipeline alone holds the model"
+        )
+        return
+    subprocess.run(made.config, shell=True, cwd=tmp_path, check=True)
+    written = json.loads((tmp_path / "lyra-machines.json").read_text())["distributed"]
+    assert (written["tp_size"], written["pp_size"]) == ranks
+    assert f"--nnodes {started} --nproc-per-node {ranks[0] * ranks[1] // started} " in made.torchrun[-1]
+
+
 def test_heads_that_would_have_to_be_copied_are_no_case_for_transformers(tmp_path: Path) -> None:
     index = paper.llama(tmp_path / "one-key-head", **{**SIZES, "key_heads": 1})
     made = handed(index, "1x8x24GB")
-    assert made.torchrun == ()
-    (told,) = made.notes
-    assert told == (
-        "transformers (torchrun) cannot run this layout: it does not copy heads of keys and values, of which 8 GPUs "
-        "would need one each"
-    )
+    assert read_vllm(made.vllm[0])[1].tensor_parallel_size == 8
+    assert '"distributed": {"tp_size": 1, "pp_size": 8}' in made.config
+
+
+def test_a_model_for_one_gpu_has_no_ranks(tmp_path: Path) -> None:
+    made = handed(paper.llama(tmp_path / "tiny"), "4x24GB")
+    assert (made.torchrun, made.config, made.notes) == ((), "", ())
 
 
 # --- A model that does not fit -------------------------------------------------------------------

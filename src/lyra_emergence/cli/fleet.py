@@ -121,7 +121,7 @@ def run_fleet(options: Options, request: PlanRequest, fleet: FleetRequest, conso
         choice = find_model(resolved)
         model = _model(choice, request.batch, console)
     plan = plan_fleet(model, machines, hardware)
-    handover = hand_over(model, plan.chosen, trust_remote_code=choice.config.trust_remote_code)
+    handover = hand_over(model, plan.chosen, machines, trust_remote_code=choice.config.trust_remote_code)
     if options.json:
         console.print(json.dumps(plan.to_json() | {"handover": handover.to_json()}, indent=2))
     else:

@@ -11,11 +11,10 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lyra_emergence.fleet.machines import RESERVED_BYTES, UTILIZATION
-from lyra_emergence.fleet.shards import shard
+from lyra_emergence.fleet.machines import UTILIZATION
+from lyra_emergence.fleet.ranks import Ranks, ranks_for
 from lyra_emergence.footprint import PREFILL_CHUNK
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from lyra_emergence.checkpoint import CheckpointIndex
     from lyra_emergence.fleet.layouts import Layout
+    from lyra_emergence.fleet.machines import MachineKind
     from lyra_emergence.fleet.shards import FleetModel
 
 __all__ = ["Handover", "hand_over", "model_word"]
@@ -33,6 +33,7 @@ CONFIG_FILE = "lyra-machines.json"
 _LISTED = 4
 """Machines whose commands are shown one by one."""
 _HOST = '"$HOST"'
+_EXPORT = "    export HOST=first-machine   # the first machine's name or address"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +56,16 @@ class Handover:
 
     def lines(self) -> Iterator[str]:
         """Yield the commands, indented by four spaces, each group under a line that says where it runs."""
-        several = len(self.vllm) > 1
-        where = f"on each of the {len(self.vllm)} machines" if several else "on one machine"
-        yield f"with vLLM, {where}, in an environment of its own:"
-        if several:
-            yield "    export HOST=first-machine   # the first machine's name or address"
+        yield f"with vLLM, {_where(self.vllm)}, in an environment of its own:"
+        if len(self.vllm) > 1:
+            yield _EXPORT
         yield from _listed(self.vllm)
         yield "then the chat:"
         yield f"    {self.endpoint}"
         if self.torchrun:
-            yield f"or with transformers, {where}:"
+            yield f"or with transformers, {_where(self.torchrun)}:"
+            if len(self.torchrun) > 1 and len(self.vllm) == 1:
+                yield _EXPORT
             yield f"    {self.config}"
             yield from _listed(self.torchrun)
         yield from self.notes
@@ -74,26 +75,35 @@ class Handover:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
-def hand_over(model: FleetModel, layout: Layout, *, trust_remote_code: bool = False) -> Handover:
+def hand_over(
+    model: FleetModel, layout: Layout, machines: Sequence[MachineKind], *, trust_remote_code: bool = False
+) -> Handover:
     """Return the commands for one replica of `layout`.
 
     Args:
         model: The model.
         layout: How it is laid out.
+        machines: The machines that there are: transformers may need more of them than vLLM.
         trust_remote_code: Whether the configuration lets code of the checkpoint run.
     """
-    several = layout.machines > 1
-    host = "$HOST" if several else "127.0.0.1"
+    host = "$HOST" if layout.machines > 1 else "127.0.0.1"
     served = [_vllm(model, layout, rank, trust_remote_code=trust_remote_code) for rank in range(layout.machines)]
-    against = _transformers_obstacle(model, layout)
-    started = [] if against else [_torchrun(layout, rank) for rank in range(layout.machines)]
+    ranks = ranks_for(model, layout, machines)
+    started, config = [], ""
+    if isinstance(ranks, Ranks):
+        started = [_torchrun(ranks, number) for number in range(ranks.machines)]
+        config = _write_config(model, ranks, trust_remote_code=trust_remote_code)
     return Handover(
         vllm=tuple(served),
         endpoint=f"lyra.py --endpoint http://{host}:{PORT}/v1",
-        config="" if against else _write_config(model, layout, trust_remote_code=trust_remote_code),
+        config=config,
         torchrun=tuple(started),
-        notes=tuple(_notes(model, layout, against)),
+        notes=tuple(_notes(model, layout, "" if isinstance(ranks, Ranks) else ranks)),
     )
+
+
+def _where(commands: Sequence[str]) -> str:
+    return f"on each of {len(commands)} machines" if len(commands) > 1 else "on one machine"
 
 
 def _listed(commands: Sequence[str]) -> Iterator[str]:
@@ -135,58 +145,28 @@ def _vllm(model: FleetModel, layout: Layout, rank: int, *, trust_remote_code: bo
     return " ".join([*words, *["--headless"] * (rank > 0)])
 
 
-def _torchrun(layout: Layout, rank: int) -> str:
-    words = ["torchrun", "--nnodes", str(layout.machines), "--nproc-per-node", str(layout.gpus_per_machine)]
-    if layout.machines > 1:
-        words += ["--node-rank", str(rank), "--master-addr", _HOST, "--master-port", str(MASTER_PORT)]
+def _torchrun(ranks: Ranks, number: int) -> str:
+    words = ["torchrun", "--nnodes", str(ranks.machines), "--nproc-per-node", str(ranks.each)]
+    if ranks.machines > 1:
+        words += ["--node-rank", str(number), "--master-addr", _HOST, "--master-port", str(MASTER_PORT)]
     return " ".join([*words, "lyra.py", "--model-config", CONFIG_FILE])
 
 
-def _write_config(model: FleetModel, layout: Layout, *, trust_remote_code: bool) -> str:
+def _write_config(model: FleetModel, ranks: Ranks, *, trust_remote_code: bool) -> str:
     data: dict[str, Any] = {
         "model_id": _name(model.index),
         "dtype": model.footprint.dtype,
         "context_length": model.footprint.context_length,
-        "distributed": {"tp_size": layout.tensor, "pp_size": len(layout.stages)},
+        "distributed": {"tp_size": ranks.tensor, "pp_size": ranks.stages},
     }
     if trust_remote_code:
         data["trust_remote_code"] = True
     return f"echo {shlex.quote(json.dumps(data, ensure_ascii=False))} > {CONFIG_FILE}"
 
 
-def _transformers_obstacle(model: FleetModel, layout: Layout) -> str:
-    """Return why transformers 5.23 cannot run a layout; "" where it can."""
-    shape = model.shape
-    if layout.gpus == 1:
-        return "nothing is divided"
-    if model.footprint.quantization is not None:
-        return "it divides no packed weights"
-    if layout.tensor > 1 and len(layout.stages) > 1:
-        return "its 5.23 fails where tensor and pipeline parallelism are combined"
-    if layout.tensor > 1 and not shape.latent and shape.key_heads % layout.tensor:
-        return f"it does not copy heads of keys and values, of which {layout.tensor} GPUs would need one each"
-    return "" if _holds_as_transformers_divides(model, layout) else "its last stage takes all layers that are left over"
-
-
-def _holds_as_transformers_divides(model: FleetModel, layout: Layout) -> bool:
-    """Return whether the stages hold layers in equal numbers, and the last one the rest as well.
-
-    As transformers 5.23 divides them (distributed/pipeline_parallel.py).
-    """
-    shards = shard(model, layout.tensor)
-    count, stages = len(shards.layers), len(layout.stages)
-    ends = [stage * (count // stages) for stage in range(stages)] + [count]
-    for at, (start, end) in enumerate(pairwise(ends)):
-        mine = {"first": at == 0, "last": at == stages - 1}
-        held = sum(layer.weights + layer.kv_cache for layer in shards.layers[start:end]) + RESERVED_BYTES
-        if held + shards.beside(**mine) + shards.temporaries(**mine) > layout.stages[at].limit:
-            return False
-    return True
-
-
 def _notes(model: FleetModel, layout: Layout, against: str) -> Iterator[str]:
     if against and layout.gpus > 1:
-        yield f"transformers (torchrun) cannot run this layout: {against}"
+        yield f"there is no command for transformers (torchrun): {against}"
     if model.footprint.quantization is not None and layout.gpus > 1:
         yield "that vLLM packs to 4 bits on several GPUs was not checked for this model"
     if layout.machines > 1:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lyra_emergence.fleet.machines import Hardware
     from lyra_emergence.fleet.shards import FleetModel
 
-__all__ = ["FleetPlan", "fewest_machines", "like_these", "plan_fleet"]
+__all__ = ["FleetPlan", "as_many_as_planned", "fewest_machines", "like_these", "plan_fleet"]
 
 JSON_FORMAT = "lyra.fleet/1"
 _AS_FAST = 0.99
@@ -115,10 +115,14 @@ def plan_fleet(model: FleetModel, machines: Sequence[MachineKind], hardware: Har
 
 
 def fewest_machines(model: FleetModel, like: MachineKind, hardware: Hardware) -> Layout | None:
-    """Return the layout over as few machines like that as hold the model; None where even `MOST_GPUS` GPUs do not."""
-    many = MachineKind(max(1, MOST_GPUS // like.gpus), like.gpus, like.nbytes)
-    found, _ = _layouts(model, (many,), hardware)
-    return min(found, key=lambda layout: (layout.machines, layout.gpus, -_pace(layout)), default=None)
+    """Return the fastest layout over the fewest such machines that hold a model; None where `MOST_GPUS` GPUs do not."""
+    found, _ = _layouts(model, (as_many_as_planned(like),), hardware)
+    return min(found, key=lambda layout: (layout.machines, -_pace(layout)), default=None)
+
+
+def as_many_as_planned(like: MachineKind) -> MachineKind:
+    """Return as many machines of a kind as are planned for."""
+    return MachineKind(max(1, MOST_GPUS // like.gpus), like.gpus, like.nbytes)
 
 
 def _layouts(model: FleetModel, machines: Sequence[MachineKind], hardware: Hardware) -> tuple[list[Layout], list[str]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lyra_emergence.fleet.handover import hand_over, model_word
 from lyra_emergence.fleet.machines import Hardware, MachineKind
-from lyra_emergence.fleet.planning import fewest_machines, like_these
+from lyra_emergence.fleet.planning import as_many_as_planned, fewest_machines, like_these
 from lyra_emergence.fleet.shards import FleetModel
 from lyra_emergence.placement import DISK
 
@@ -51,5 +51,5 @@ def machines_hint(model: FleetModel, machine: Machine, *, trust_remote_code: boo
     layout = fewest_machines(model, kind, Hardware())
     if layout is None:
         return ""
-    lines = hand_over(model, layout, trust_remote_code=trust_remote_code).lines()
+    lines = hand_over(model, layout, (as_many_as_planned(kind),), trust_remote_code=trust_remote_code).lines()
     return "\n".join((f"{like_these(kind, layout.machines)} would hold it", *lines))
