@@ -190,11 +190,12 @@ def _with_machines(
     from lyra_emergence.fleet import FleetModel
     from lyra_emergence.fleet.remedy import machines_hint
 
+    stored = ""
     if tried.quantization == "8bit":
-        # vLLM packs to 4 bits only.
         tried = measure_footprint(config, index, tried.context_length, tried.batch, None)
+        stored = "\nvLLM packs to 4 bits only: weights are counted as they are stored"
     hint = machines_hint(FleetModel(index, tried), machine, trust_remote_code=config.trust_remote_code)
-    failure.hint += f"\n{hint}" if hint else ""
+    failure.hint += f"\n{hint}{stored}" if hint else ""
     return failure
 
 

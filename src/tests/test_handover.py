@@ -283,6 +283,7 @@ def test_eight_bits_are_handed_over_as_they_are_stored(llama_70b: CheckpointInde
     hint = refusal(llama_70b, machine(cpu=GB), load_in_8bit=True).hint
     assert "12 machines with one GPU of 24.0 GB each would hold it" in hint
     assert "bitsandbytes" not in hint
+    assert hint.endswith("\nvLLM packs to 4 bits only: weights are counted as they are stored")
     packed = refusal(llama_70b, machine(cpu=GB), load_in_4bit=True).hint
     assert "--quantization bitsandbytes" in packed
 
