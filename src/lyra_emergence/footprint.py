@@ -33,6 +33,7 @@ __all__ = [
     "default_context",
     "estimate_footprint",
     "is_known",
+    "loaded_bytes",
     "packed_layer_bytes",
 ]
 
@@ -247,8 +248,7 @@ def _weights(
             kind=block.kind,
             tied_to=block.tied_to,
             weights=sum(
-                _loaded_bytes(index.tensors[t], block, dtype, quantization, transposed=transposed)
-                for t in block.tensors
+                loaded_bytes(index.tensors[t], block, dtype, quantization, transposed=transposed) for t in block.tensors
             ),
             kv_cache=0,
             mapped=_stays_mapped(index, block, dtype, quantization),
@@ -322,9 +322,10 @@ def is_floating(dtype: str) -> bool:
     return dtype in ("F64", "F32", "F16", "BF16")
 
 
-def _loaded_bytes(
-    tensor: TensorInfo, block: Block, dtype: str, quantization: Quantization | None, *, transposed: bool
+def loaded_bytes(
+    tensor: TensorInfo, block: Block, dtype: str, quantization: Quantization | None, *, transposed: bool = False
 ) -> int:
+    """Return the bytes of one tensor of `block` in the loaded form; `transposed` as GPT-2 stores its projections."""
     if quantization is not None and block.kind == "layer" and is_quantizable(tensor.name, tensor.shape):
         return packed_bytes(tensor.shape[::-1] if transposed else tensor.shape, quantization)
     if is_floating(tensor.dtype):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.budgets import Request, read_request
 from lyra_emergence.compiler import find_compiler
+from lyra_emergence.config.devices import AUTOMATIC
 from lyra_emergence.errors import DoesNotFitError
 from lyra_emergence.filling import place
 from lyra_emergence.footprint import (
@@ -175,7 +176,27 @@ def make_plan(config: ModelConfig, index: CheckpointIndex, machine: Machine, *, 
         if _reaches(plan, attempt.goal):
             return replace(plan, notes=(*plan.notes, *_taken(attempt, first, plan)))
     assert failure is not None
-    raise failure
+    assert first is not None
+    tried = footprints[first.context, first.quantization]
+    raise _with_machines(failure, config, index, machine, tried)
+
+
+def _with_machines(
+    failure: DoesNotFitError, config: ModelConfig, index: CheckpointIndex, machine: Machine, tried: Footprint
+) -> DoesNotFitError:
+    """Return the error with how many machines like this one would hold the model, and the commands for them."""
+    if config.device_map not in (None, *AUTOMATIC):
+        return failure  # the remedy is another map
+    from lyra_emergence.fleet import FleetModel
+    from lyra_emergence.fleet.remedy import machines_hint
+
+    stored = ""
+    if tried.quantization == "8bit":
+        tried = measure_footprint(config, index, tried.context_length, tried.batch, None)
+        stored = "\nvLLM packs to 4 bits only: weights are counted as they are stored"
+    hint = machines_hint(FleetModel(index, tried), machine, trust_remote_code=config.trust_remote_code)
+    failure.hint += f"\n{hint}{stored}" if hint else ""
+    return failure
 
 
 def _reaches(plan: Plan, goal: Goal) -> bool:

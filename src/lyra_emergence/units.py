@@ -1,10 +1,10 @@
-"""Bytes as people write them: parsing ("6GB", "6GiB", "90%") and formatting."""
+"""Bytes and rates as people write them: parsing ("6GB", "6GiB", "90%", "10Gbit/s") and formatting."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["format_bytes", "parse_bytes", "parse_fraction"]
+__all__ = ["format_bytes", "parse_bytes", "parse_fraction", "parse_rate"]
 
 _UNITS = {
     "": 1,
@@ -22,6 +22,8 @@ _AMOUNT = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)\s*(?P<unit>[A-Za-z]*)")
 _PERCENT = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)\s*%")
 _BITS = re.compile(r"(?:[kKmMgGtT][iI]?)?b")
 _BARE_PREFIX = re.compile(r"[kKmMgGtT]i?")
+_RATE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)\s*(?P<prefix>[kKmMgGtT]i?)?(?P<unit>bit|b(?=ps)|B)(?:/s|ps)?")
+_BITS_IN_A_BYTE = 8
 _STEP = 1000
 _MOST_DIGITS = 40
 """Digits of an amount: with more, it is beyond what floating point can show, and no machine has it."""
@@ -72,6 +74,28 @@ def parse_fraction(value: str) -> float | None:
     if fraction > 1:
         raise ValueError(f"{value!r} is more than the device has; write at most '100%'")
     return fraction
+
+
+def parse_rate(value: str) -> int:
+    """Return the bytes per second that `value` names.
+
+    Networks are sold in bits and buses in bytes, so both are read, and the unit must say which.
+
+    Args:
+        value: Text such as "10Gbit" or "10Gbps" (1.25e9 bytes per second), "64GB/s" or "64GB" (64e9).
+
+    Raises:
+        ValueError: The text is no rate, is 0, or leaves open whether bits are meant; the message says what to write.
+    """
+    match = _RATE.fullmatch(value.strip())
+    if match is None or len(match["number"]) > _MOST_DIGITS:
+        shown = value[:_MOST_DIGITS]
+        raise ValueError(f"{shown!r} is no rate; write '10Gbit/s' for bits or '10GB/s' for bytes")
+    prefix = (match["prefix"] or "").upper()
+    found = float(match["number"]) * _UNITS[f"{prefix}B"] / (1 if match["unit"] == "B" else _BITS_IN_A_BYTE)
+    if found < 1:
+        raise ValueError(f"{value!r} carries nothing; write a rate such as '10Gbit/s'")
+    return int(found)
 
 
 def format_bytes(count: int) -> str:

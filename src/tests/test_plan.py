@@ -442,7 +442,9 @@ def test_a_context_that_was_asked_for_is_never_shortened(phi2: CheckpointIndex) 
         "the model does not fit: it needs 779 MB of cpu (weights 0 B, KV cache 671 MB, activations 108 MB), "
         "which has 500 MB"
     )
-    assert error.hint == "try a shorter context (--context 512), or a smaller model"
+    tries, machines, *_ = error.hint.splitlines()
+    assert tries == "try a shorter context (--context 512), or a smaller model"
+    assert machines == "1 machine with one GPU of 24.0 GB would hold it"
     assert error.exit_code == 3
 
 

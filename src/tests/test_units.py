@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lyra_emergence.units import format_bytes, parse_bytes, parse_fraction
+from lyra_emergence.units import format_bytes, parse_bytes, parse_fraction, parse_rate
 
 
 @pytest.mark.parametrize(
@@ -100,3 +100,37 @@ def test_format(count: int, text: str) -> None:
 @given(st.integers(0, 10**15))
 def test_what_is_written_is_read_back_to_three_digits(count: int) -> None:
     assert parse_bytes(format_bytes(count)) == pytest.approx(count, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("written", "rate"),
+    [
+        ("10Gbit", 1_250_000_000),
+        ("10 Gbit/s", 1_250_000_000),
+        ("10gbit", 1_250_000_000),
+        ("10Gbps", 1_250_000_000),
+        ("400Mbit", 50_000_000),
+        ("2.5Gbit/s", 312_500_000),
+        ("64GB/s", 64 * 10**9),
+        ("64GB", 64 * 10**9),
+        ("31.5 GB/s", 31_500_000_000),
+        ("1TB/s", 10**12),
+        ("1GiB/s", 2**30),
+        ("8bit", 1),
+    ],
+)
+def test_rates(written: str, rate: int) -> None:
+    assert parse_rate(written) == rate
+
+
+@pytest.mark.parametrize(
+    "written", ["10Gb", "10G", "10", "", "fast", "-1GB/s", "10Gbit/min", "1e9B/s", "9" * 50 + "GB/s"]
+)
+def test_what_is_no_rate(written: str) -> None:
+    with pytest.raises(ValueError, match=r"is no rate; write '10Gbit/s' for bits or '10GB/s' for bytes"):
+        parse_rate(written)
+
+
+def test_a_rate_of_nothing() -> None:
+    with pytest.raises(ValueError, match=r"'0Gbit' carries nothing; write a rate such as '10Gbit/s'"):
+        parse_rate("0Gbit")

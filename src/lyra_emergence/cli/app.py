@@ -12,6 +12,7 @@ import typer
 from lyra_emergence.cli.cache import cache_app
 from lyra_emergence.cli.config import config_app
 from lyra_emergence.cli.console import Console, knows_ascii_alone, writing_output
+from lyra_emergence.cli.fleet import BandwidthOption, GpuLinkOption, LinkOption, MachinesOption, TflopsOption  # noqa: TC001
 from lyra_emergence.cli.journal import journal_app
 from lyra_emergence.cli.options import Options
 from lyra_emergence.cli.program import DEFAULT_COMMAND, Command, Program, forget_stdout
@@ -252,11 +253,17 @@ def plan_command(
     measure: Annotated[
         bool, typer.Option("--measure", help="measure first how fast this machine is and what torch takes")
     ] = False,
+    machines: MachinesOption = None,
+    link: LinkOption = None,
+    gpu_link: GpuLinkOption = None,
+    bandwidth: BandwidthOption = None,
+    tflops: TflopsOption = None,
     offline: OfflineOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="the plan as JSON")] = False,
     verbose: VerboseOption = False,
 ) -> int:
     """Show where each layer would go, without loading."""
+    from lyra_emergence.cli.fleet import FleetRequest, run_fleet
     from lyra_emergence.cli.plan import PlanRequest, run_plan
     from lyra_emergence.cli.start import go_offline
 
@@ -273,7 +280,9 @@ def plan_command(
         load_in_4bit=load_in_4bit,
     )
     request = PlanRequest(explain, what_if, batch, tuple(gpu or ()), ram, check, measure)
-    return run_plan(options, request, Console(verbose=verbose))
+    fleet = FleetRequest(tuple(machines or ()), link, gpu_link, bandwidth, tflops)
+    console = Console(verbose=verbose)
+    return run_fleet(options, request, fleet, console) if fleet.asked else run_plan(options, request, console)
 
 
 @app.command("bench", cls=Command)

@@ -303,12 +303,19 @@ class Console:
         self.say(self.style(f"{label}:", "bold", style) + lines[len(label) + 1 :])
 
 
+COMMAND_INDENT: Final = " " * 4
+"""What a line begins with that is a command to copy: a break would cut it in two."""
+
+
 def _wrap(text: str, width: int | None) -> str:
-    """Break lines between words at `width`, continuing each at its own indent plus two."""
+    """Break lines between words at `width`, continuing each at its own indent plus two; commands are left whole."""
     if width is None:
         return text
     lines = []
     for line in text.split("\n"):
+        if line.startswith(COMMAND_INDENT):
+            lines.append(line)
+            continue
         indent = " " * (len(line) - len(line.lstrip()) + 2)
         filled = textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
         lines += filled or [""]

@@ -11,6 +11,7 @@ from lyra_emergence.cli.options import say_notes
 from lyra_emergence.cli.plan_view import explain_block, render_plan, render_speed
 from lyra_emergence.cli.progress import working
 from lyra_emergence.errors import ConfigError
+from lyra_emergence.placement import DISK
 from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
@@ -122,7 +123,18 @@ def run_plan(options: Options, request: PlanRequest, console: Console) -> int:
         console.print("\n".join(render_plan(plan, choice.config.model_id, console)))
         imagined = bool(request.gpus) or request.ram is not None
         console.print("\n".join(render_speed(speed, console, known=imagined)))
+        _say_machines(plan, index, machine, console)
     return 0
+
+
+def _say_machines(plan: Plan, index: CheckpointIndex, machine: Machine, console: Console) -> None:
+    """Say how many machines would hold a model that this one reads from disk for the most part."""
+    if not any(placement.device == DISK for placement in plan.placements):
+        return
+    from lyra_emergence.fleet.remedy import machines_instead
+
+    if command := machines_instead(plan, index, machine):
+        console.note(f"most layers are read from disk for each token; more machines would hold them:\n    {command}")
 
 
 def speed_of(plan: Plan, machine: Machine) -> Speed | None:
