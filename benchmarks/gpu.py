@@ -45,9 +45,13 @@ if TYPE_CHECKING:
 PROMPTS = (64, 2048)
 NEW_TOKENS = 9
 CONTEXT = 4096
-ENGINES: dict[str, dict[str, bool]] = {"lyra": {}, "lyra-in-place": {"prompt_streaming": False}}
-"""What is compared where layers are in main memory: long prompts stream them through the GPU, or do not."""
-WHOLE_ENGINES: dict[str, dict[str, bool]] = {"lyra": {}, "lyra-compiled": {"compile_decode": True}}
+ENGINES: dict[str, dict[str, Any]] = {
+    "lyra": {},
+    "lyra-in-place": {"prompt_streaming": False},
+    "lyra-one-chunk": {"prefill_chunk": PROMPTS[-1]},
+}
+"""What is compared where layers are in main memory: long prompts stream them through the GPU, or do not, or once."""
+WHOLE_ENGINES: dict[str, dict[str, Any]] = {"lyra": {}, "lyra-compiled": {"compile_decode": True}}
 """What is compared where all are on the GPU: steps run kernel by kernel, or compiled. The first round compiles."""
 PEER = "accelerate"
 CARDS = {"tiny": "1GB", "1.1b": "6GB", "3b": "8GB", "8b": "12GB", "13b": "24GB"}

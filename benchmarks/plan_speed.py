@@ -142,11 +142,10 @@ def run_case(name: str, dtype: str, device: str, rounds: int) -> dict[str, Any]:
 
 def _run(loaded: Any, context: int) -> tuple[float, float]:
     """Return tokens per second of a prompt of half the context, and of tokens behind it."""
-    from lyra_emergence.footprint import PREFILL_CHUNK
     from lyra_emergence.generation import Stepper
 
     vocabulary = int(loaded.model.config.get_text_config().vocab_size)
-    prompt = min(PREFILL_CHUNK, context // 2)
+    prompt = min(loaded.plan.footprint.chunk, context // 2)
     stepper = Stepper(loaded)
     clock = time.perf_counter()
     # Reading a number of the result waits for an accelerator.

@@ -42,7 +42,7 @@ TORCH_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64
 """torch's names of the dtypes a model computes in, and what a safetensors header calls them."""
 
 PREFILL_CHUNK = 1024
-"""Tokens that prefill runs at once: it bounds activations whatever the length of the prompt."""
+"""Tokens that prefill runs at once by default: it bounds activations whatever the length of the prompt."""
 DEFAULT_CONTEXT = 8192
 """Tokens planned for where the user left the context open and the model allows more."""
 FALLBACK_CONTEXT = 2048
@@ -122,6 +122,7 @@ class Footprint:
         heads_per_key: Query heads for each head of keys and values; None where config.json names none.
         notes: What the figures rest on where config.json did not say it all.
         fused: Whether layers on the CPU are of a kind that Lyra's kernels run in one call.
+        chunk: Tokens of a prompt that run at once.
     """
 
     blocks: tuple[BlockFootprint, ...]
@@ -135,6 +136,7 @@ class Footprint:
     heads_per_key: float | None = None
     notes: tuple[str, ...] = ()
     fused: bool = False
+    chunk: int = PREFILL_CHUNK
 
     @property
     def weights(self) -> int:
@@ -182,6 +184,7 @@ def estimate_footprint(
     trial: Trial | None = None,
     like: Footprint | None = None,
     cpu_kernels: bool = False,
+    chunk: int = PREFILL_CHUNK,
 ) -> Footprint:
     """Return the bytes that the checkpoint takes once loaded.
 
@@ -194,6 +197,7 @@ def estimate_footprint(
         trial: What a trial forward at this context, batch and dtype took, for a model type that is not a known one.
         like: A footprint of the same checkpoint, dtype and quantization, whose weights need not be summed again.
         cpu_kernels: Whether Lyra's kernels pack the projections that are on the CPU.
+        chunk: Tokens of a prompt that run at once.
 
     Raises:
         ConfigError: The context is longer than the model's, or it or the batch is not positive.
@@ -206,16 +210,16 @@ def estimate_footprint(
     caches = trial.kv_cache if trial else ()
     made = like.blocks if like else _weights(index, name, quantization, shape)
     blocks = tuple(
-        replace(loaded, kv_cache=_cache_bytes(block, caches, shape, context, batch))
+        replace(loaded, kv_cache=_cache_bytes(block, caches, shape, (context, batch, chunk)))
         for block, loaded in zip(index.blocks, made, strict=True)
     )
-    estimated = estimate_activations(shape, context, batch, PREFILL_CHUNK)
+    estimated = estimate_activations(shape, context, batch, chunk)
     activations = estimated
     if trial:
-        activations = trial.activations.with_unfused_attention(shape, context, batch, PREFILL_CHUNK)
+        activations = trial.activations.with_unfused_attention(shape, context, batch, chunk)
     if not any(block.kind == "experts" for block in blocks):
         activations = activations.with_experts_in_layers()
-    tokens = min(context, PREFILL_CHUNK) * batch
+    tokens = min(context, chunk) * batch
     costs = packing_costs(_projections(index), quantization, tokens, shape.itemsize, kernels=cpu_kernels)
     if quantization is not None:
         activations = activations.with_unpacked_projection(costs.unpacking, costs.cpu_unpacking)
@@ -227,10 +231,11 @@ def estimate_footprint(
         quantization=quantization,
         activations=activations,
         packing=costs.packing,
-        kernels=_kernels(index, context, trial),
+        kernels=_kernels(index, one_chunk=context <= chunk, trial=trial),
         heads_per_key=shape.heads / shape.key_heads if shape.key_heads else None,
         notes=_notes(index, shape, trial),
         fused=index.text_config.get("model_type") in FUSED_TYPES and shape.masks == 1 and batch == 1,
+        chunk=chunk,
     )
 
 
@@ -275,12 +280,12 @@ def _notes(index: CheckpointIndex, shape: ModelShape, trial: Trial | None) -> tu
     return (*shape.notes, f"activations of '{index.model_type}' are estimated as for Llama")
 
 
-def _cache_bytes(block: Block, caches: tuple[int, ...], shape: ModelShape, context: int, batch: int) -> int:
+def _cache_bytes(block: Block, caches: tuple[int, ...], shape: ModelShape, sizes: tuple[int, int, int]) -> int:
     if block.kind != "layer" or block.index is None:
         return 0
     if block.index < len(caches):
         return caches[block.index]
-    return shape.kv_bytes(block.index, context, batch, PREFILL_CHUNK)
+    return shape.kv_bytes(block.index, *sizes)
 
 
 def _projections(index: CheckpointIndex) -> tuple[Projection, ...]:
@@ -293,13 +298,13 @@ def _projections(index: CheckpointIndex) -> tuple[Projection, ...]:
     return tuple(Projection(matrix.shape[1], matrix.shape[0], matrix.nbytes) for matrix in matrices)
 
 
-def _kernels(index: CheckpointIndex, context: int, trial: Trial | None) -> int:
+def _kernels(index: CheckpointIndex, *, one_chunk: bool, trial: Trial | None) -> int:
     """Return the kernels that oneDNN compiles, at least; where shapes change with every token, all that it keeps."""
     if (trial and trial.growing) or any(block.kind == "experts" for block in index.blocks):
         return KERNELS_KEPT
     matrices = (index.tensors[name].shape for layer in index.layers for name in layer.tensors)
     shapes = {shape for shape in matrices if len(shape) == 2}  # noqa: PLR2004
-    chunks = 1 if (trial and trial.whole) or context <= PREFILL_CHUNK else 2
+    chunks = 1 if (trial and trial.whole) or one_chunk else 2
     # The head sees single tokens alone.
     return len(shapes) * (chunks + 1) + 1 + (trial.products if trial else 0)
 

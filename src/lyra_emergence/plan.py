@@ -245,6 +245,7 @@ def measure_footprint(
         quantization=quantization,
         like=like,
         cpu_kernels=config.cpu_kernels and find_compiler() is not None,
+        chunk=config.prefill_chunk or PREFILL_CHUNK,
     )
     estimated = estimate()
     if is_known(index) or not index.model_type:
@@ -254,7 +255,7 @@ def measure_footprint(
         context=context,
         batch=batch,
         dtype=estimated.dtype,
-        chunk=PREFILL_CHUNK,
+        chunk=config.prefill_chunk or PREFILL_CHUNK,
         trust_remote_code=config.trust_remote_code,
     )
     if trial is not None:

@@ -112,6 +112,7 @@ dtype                        default       null
 context_length               default       null
 cpu_kernels                  default       true
 prompt_streaming             default       true
+prefill_chunk                default       null
 compile_decode               default       false
 packed_cache                 default       20GB
 embedding_model              default       null

@@ -355,6 +355,17 @@ def test_activations_grow_with_context_and_batch(tmp_path: Path) -> None:
     assert (two.layer - tables, two.head, two.embedding) == (2 * (one.layer - tables), 2 * one.head, 2 * one.embedding)
 
 
+def test_activations_and_windows_grow_with_the_chunk(tmp_path: Path) -> None:
+    index = paper.llama(tmp_path, context=32768, config={"model_type": "mistral", "sliding_window": 512})
+    small, usual, large = (estimate_footprint(index, chunk=chunk) for chunk in (256, PREFILL_CHUNK, 4096))
+    assert (small.chunk, usual.chunk, large.chunk) == (256, 1024, 4096)
+    assert estimate_footprint(index) == usual
+    layers = [made.activations.layer for made in (small, usual, large)]
+    assert layers[0] < layers[1] < layers[2]
+    grown = large.blocks[1].kv_cache - usual.blocks[1].kv_cache
+    assert grown == (4096 - 1024) * usual.blocks[1].kv_cache // (512 - 1 + 1024)
+
+
 def test_activations_grow_with_the_dtype_and_the_experts_at_work(tmp_path: Path) -> None:
     index = paper.llama(tmp_path / "dense")
     more = paper.llama(tmp_path / "experts", config={"num_experts": 8, "num_experts_per_tok": 4})

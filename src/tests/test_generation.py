@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +12,6 @@ from lyra_emergence.config import ModelConfig
 from lyra_emergence.errors import DoesNotFitError, GenerationError
 from lyra_emergence.generation import GenerationOptions, stream_generate
 from lyra_emergence.loading import load
-from lyra_emergence.runtime import stepper
 
 from .families import FAMILIES
 from .families import PROMPT as TEXT
@@ -41,11 +41,9 @@ def ids_of(loaded: LoadedModel, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_chunked_prefill_is_whole_prefill(
-    family: str, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stepper, "PREFILL_CHUNK", 23)
+def test_chunked_prefill_is_whole_prefill(family: str, checkpoints: Checkpoints) -> None:
     loaded = load(ModelConfig(device_map="cpu"), directory=checkpoints(family))
+    loaded.plan = replace(loaded.plan, footprint=replace(loaded.plan.footprint, chunk=23))
     prompt = ids_of(loaded, LONG_PROMPT)
     theirs = loaded.model.generate(
         torch.tensor([prompt]),

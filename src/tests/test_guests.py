@@ -114,6 +114,19 @@ def test_it_can_be_turned_off(checkpoints: Checkpoints, sim: SimulatedAccelerato
     loaded.close()
 
 
+@pytest.mark.parametrize("chunk", [None, 80])
+def test_guests_are_copied_once_for_each_chunk(
+    chunk: int | None, checkpoints: Checkpoints, sim: SimulatedAccelerator
+) -> None:
+    directory = checkpoints("llama")
+    loaded = load(split(prefill_chunk=chunk), directory=directory)
+    loaded.residency.least_tokens = 64
+    seen = where_blocks_run(loaded)
+    assert answer(loaded) == expected(directory)
+    assert seen["model.layers.3"].count("sim:0") == (1 if chunk is None else len(LONG) // chunk)
+    loaded.close()
+
+
 PLACES = {
     "before their hosts": {"here": (2, 3)},
     "around their hosts": {"here": (1, 2)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -119,8 +120,8 @@ def test_an_abandoned_answer_stops_before_the_next_pass(checkpoints: Checkpoints
 def test_an_abandoned_prompt_stops_between_its_chunks(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lyra_emergence.runtime.stepper.PREFILL_CHUNK", 16)
     loaded = load(ModelConfig(device_map="cpu"), directory=checkpoints("llama"))
+    loaded.plan = replace(loaded.plan, footprint=replace(loaded.plan.footprint, chunk=16))
     passes: list[int] = []
     real = loaded.model.forward
 

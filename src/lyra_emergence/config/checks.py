@@ -175,6 +175,7 @@ CHECKS: dict[str, Callable[[object, str, Problems], Any]] = {
     "context_length": _whole(1, 2048),
     "cpu_kernels": _check_boolean,
     "prompt_streaming": _check_boolean,
+    "prefill_chunk": _whole(64, 4096),
     "compile_decode": _check_boolean,
     "packed_cache": check_size,
     "embedding_model": _optional(_text("sentence-transformers/all-MiniLM-L6-v2")),

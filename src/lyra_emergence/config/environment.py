@@ -36,7 +36,7 @@ _BOOLEANS = (
     "compile_decode",
     "trust_remote_code",
 )
-_WHOLE_NUMBERS = ("gpu_layers_fallback", "context_length")
+_WHOLE_NUMBERS = ("gpu_layers_fallback", "context_length", "prefill_chunk")
 _NULLABLE = ("device_map", "max_memory", "pipeline_kwargs", "dtype", *_WHOLE_NUMBERS)
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 _NEAR = 0.8

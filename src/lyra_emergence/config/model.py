@@ -145,6 +145,14 @@ class ModelConfig(BaseModel):
             "they always run on the CPU."
         ),
     )
+    prefill_chunk: int | None = Field(
+        default=None,
+        ge=64,
+        description=(
+            "Tokens of a prompt that run at once; null: 1024. More take more memory, and read weights that are not in "
+            "fast memory less often."
+        ),
+    )
     compile_decode: bool = Field(
         default=False,
         description=(

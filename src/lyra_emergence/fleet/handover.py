@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.fleet.machines import UTILIZATION
 from lyra_emergence.fleet.ranks import Ranks, ranks_for
-from lyra_emergence.footprint import PREFILL_CHUNK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -134,7 +133,7 @@ def _vllm(model: FleetModel, layout: Layout, rank: int, *, trust_remote_code: bo
     words += ["vllm", "serve", model_word(model.index)]
     words += ["--tensor-parallel-size", str(layout.tensor), "--pipeline-parallel-size", str(len(layout.stages))]
     words += ["--max-model-len", str(footprint.context_length), "--dtype", footprint.dtype]
-    words += ["--gpu-memory-utilization", str(UTILIZATION), "--max-num-batched-tokens", str(PREFILL_CHUNK)]
+    words += ["--gpu-memory-utilization", str(UTILIZATION), "--max-num-batched-tokens", str(footprint.chunk)]
     if footprint.quantization is not None:
         words += ["--quantization", "bitsandbytes"]
     if trust_remote_code:

@@ -24,7 +24,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lyra_emergence.fleet.shards import padded_vocab
-from lyra_emergence.footprint import PREFILL_CHUNK
 from lyra_emergence.speed.machine_rates import Band
 from lyra_emergence.speed.prediction import Speed
 from lyra_emergence.units import format_bytes
@@ -103,7 +102,7 @@ def add_up_seconds(nbytes: float, size: int, link: float, step: float) -> float:
 def predict_speed(model: FleetModel, shards: Shards, traffic: Traffic, hardware: Hardware) -> Speed:
     """Return how fast one conversation runs, alone on a replica."""
     footprint = model.footprint
-    tokens = min(PREFILL_CHUNK, max(1, footprint.context_length // 2))
+    tokens = min(footprint.chunk, max(1, footprint.context_length // 2))
     weights = sum(layer.read for layer in shards.layers) + shards.head_read
     cached = sum(layer.kv_cache for layer in shards.layers) // (2 * footprint.batch)
     read = Band(*[(weights + cached) / (hardware.bandwidth * _READ)] * 3).widened(*_READ_ERROR)

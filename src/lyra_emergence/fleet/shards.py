@@ -19,7 +19,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from lyra_emergence.activations import estimate_activations
-from lyra_emergence.footprint import PREFILL_CHUNK, is_known, loaded_bytes
+from lyra_emergence.footprint import is_known, loaded_bytes
 from lyra_emergence.model_shape import ModelShape
 
 if TYPE_CHECKING:
@@ -212,5 +212,5 @@ def _activations(model: FleetModel, shape: ModelShape, size: int) -> Activations
         expert_width=shape.expert_width // size,
         shared_width=shape.shared_width // size,
     )
-    found = estimate_activations(mine, footprint.context_length, footprint.batch, PREFILL_CHUNK)
+    found = estimate_activations(mine, footprint.context_length, footprint.batch, footprint.chunk)
     return found if any(b.kind == "experts" for b in footprint.blocks) else found.with_experts_in_layers()

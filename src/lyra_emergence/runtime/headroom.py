@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lyra_emergence.footprint import PREFILL_CHUNK
 from lyra_emergence.main_memory import KEPT_FREE, require, takeable_bytes
 
 if TYPE_CHECKING:
@@ -26,13 +25,13 @@ class Headroom:
     Args:
         residency: The model's blocks.
         batch: Sequences that run together.
-        context: Tokens that the plan counted with.
+        chunk: Tokens that run at once, as the plan counted with.
     """
 
-    def __init__(self, residency: Residency, batch: int, context: int) -> None:
+    def __init__(self, residency: Residency, batch: int, chunk: int) -> None:
         self._residency = residency
         self._batch = batch
-        self._whole_chunk = min(PREFILL_CHUNK, context)
+        self._whole_chunk = chunk
         self._steps = 0
 
     def short_by(self, chunk: int) -> tuple[int, int]:

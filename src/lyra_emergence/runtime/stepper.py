@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from lyra_emergence.errors import AbandonedError, DoesNotFitError, is_out_of_memory, lost_onednn, without_frames
-from lyra_emergence.footprint import PREFILL_CHUNK
 from lyra_emergence.load_report import LoadEvent
 from lyra_emergence.runtime.compute_threads import one_thread, settle_for_fewer_threads
 from lyra_emergence.runtime.headroom import Headroom
@@ -77,14 +76,14 @@ class Stepper:
         self._batch = batch
         self._most_tokens = min(most_tokens or loaded.context_length, loaded.context_length)
         self._seen: list[int] = []
-        feeding = feeding_of(loaded.model, PREFILL_CHUNK)
+        feeding = feeding_of(loaded.model, loaded.plan.footprint.chunk)
         self._last_only = feeding.arguments
         self._divides = feeding.chunk is not None
         config, context = loaded.model.config, loaded.context_length
         self.cached = HeldCaches(config, context, self._most_tokens, batch, known=self._divides)
         self._chunk = feeding.chunk or loaded.context_length
         self._failures = 0
-        self._headroom = Headroom(loaded.residency, batch, loaded.context_length)
+        self._headroom = Headroom(loaded.residency, batch, min(loaded.plan.footprint.chunk, loaded.context_length))
         self._kept = kept
         self._abandoned = abandoned or bool
         self._ran_on = loaded.residency.accelerators

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from lyra_emergence.footprint import PREFILL_CHUNK
 from lyra_emergence.guests import HOSTS, least_tokens
 from lyra_emergence.placement import CPU, DISK
 from lyra_emergence.speed.machine_rates import SHARED_HEADS, Band
@@ -146,7 +145,7 @@ def predict(
         return None
     between = _crossings(route, rates)
     decode = _total([*(device.decode() for device in devices), devices[0].rates.token.widened(*_LAYER_ERROR), between])
-    tokens = min(PREFILL_CHUNK, max(1, footprint.context_length // 2)) * footprint.batch
+    tokens = min(footprint.chunk, max(1, footprint.context_length // 2)) * footprint.batch
     prefill = _total([_prefill(footprint, placements, rates, active_share or {}, tokens), between])
     return Speed(decode.under(footprint.batch), prefill.under(tokens), _rests_on(devices, footprint))
 
