@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,7 +24,6 @@ from .running import PROMPT, RecordedLock, reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from lyra_emergence.loading import LoadedModel
     from lyra_emergence.plan import Plan
@@ -149,6 +149,45 @@ def test_what_does_not_fit_waits_and_nobody_overtakes(loaded: LoadedModel) -> No
     until(lambda: sum(engine.figures().ended.values()) == 3)
     assert sorted(tickets, key=lambda name: tickets[name].began) == ["first", "second", "third"]
     assert tickets["third"].waited >= tickets["second"].waited > 0
+    engine.close()
+    assert engine.join(30)
+
+
+def reused(engine: Engine, *requests: Asked) -> list[int]:
+    """Tokens that each of the requests, one after the other, took over from the one before."""
+    found = []
+    for asked in requests:
+        last: queue.Queue[Any] = queue.Queue()
+        ticket = engine.submit(asked, last.put)
+        while (outcome := last.get(timeout=60)).finish_reason is None:
+            pass
+        found.append(outcome.stats.reused_tokens)
+        until(lambda ticket=ticket: ticket not in engine._running)
+    return found
+
+
+def test_the_next_turn_runs_what_is_new(loaded: LoadedModel) -> None:
+    engine = Engine(loaded, room(4, 4))
+    answer = tuple(reference(Path(loaded.model.config.name_or_path), new_tokens=4))
+    longer = Asked((*PROMPT, *answer, *PROMPT), SHORT.options)
+    other = Asked(tuple(reversed(PROMPT)), SHORT.options)
+    kept = len(PROMPT) + len(answer) - 1  # the last token of an answer was not run
+    assert reused(engine, SHORT, longer, other, longer) == [0, kept, 0, 0]
+    engine.close()
+    assert engine.join(30)
+    assert engine._kept.tokens == 0
+
+
+def test_nothing_is_kept_where_another_answer_runs(loaded: LoadedModel) -> None:
+    engine = Engine(loaded, room(4, 4))
+    with Held(loaded):
+        first, second = (engine.submit(asked, lambda _: None) for asked in (SHORT, LONG))
+        until(lambda: engine.figures().running == 2)
+    until(lambda: first not in engine._running)
+    assert engine._kept.tokens == 0
+    engine.stop(second)
+    until(lambda: engine.figures().running == 0)
+    assert reused(engine, SHORT, SHORT) == [0, len(PROMPT) - 1]
     engine.close()
     assert engine.join(30)
 

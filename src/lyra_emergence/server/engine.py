@@ -6,6 +6,9 @@ request is not overtaken by short ones for which there would be room already.
 
 What happens to an answer is told from its thread, through the callback that came with it. Memory that runs out in one
 answer is its own matter until the runtime moves blocks; either way every answer keeps its tokens (`runtime/stepper`).
+
+Keys and values of the answer that ended last stay where no other one runs: a request that begins like it, as the next
+turn of a conversation does, runs only what is new.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
@@ -23,7 +26,7 @@ from lyra_emergence.chunks import Chunk, GenerationOptions
 from lyra_emergence.errors import AbandonedError, LyraError, RequestError, without_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from lyra_emergence.chunks import GenerationStats
     from lyra_emergence.loading import LoadedModel
@@ -121,6 +124,8 @@ class Engine:
     """
 
     def __init__(self, loaded: LoadedModel, room: Room, waiting: int = DEFAULT_WAITING) -> None:
+        from lyra_emergence.runtime.prompt_cache import PromptCache
+
         self.room = room
         self._loaded = loaded
         self._most_waiting = waiting
@@ -129,6 +134,7 @@ class Engine:
         self._running: set[Ticket] = set()
         self._closed = False
         self._mean_seconds = 1.0
+        self._kept = PromptCache()
         self._ended: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._threads = [
@@ -205,7 +211,10 @@ class Engine:
         end = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        ended = not any(thread.is_alive() for thread in self._threads)
+        if ended:
+            self._kept.drop()
+        return ended
 
     def _pause(self) -> int:
         """Return the seconds until a place in the queue is free, as answers have gone so far."""
@@ -260,8 +269,10 @@ class Engine:
         from lyra_emergence.generation import stream_generate
 
         asked = ticket.asked
-        stream = stream_generate(self._loaded, asked.prompt, asked.options, abandoned=ticket.stopped.is_set)
-        with closing(stream) as chunks:  # type: ignore[type-var] # a generator, which its annotation does not say
+        kept = self._kept if self._is_alone() else None
+        stream = stream_generate(self._loaded, asked.prompt, asked.options, kept=kept, abandoned=ticket.stopped.is_set)
+        # Closed in this order: the stream leaves what it has, and that is given up where others want the room.
+        with self._keeping_no_more_than_one(), closing(stream) as chunks:  # type: ignore[type-var] # a generator
             for chunk in chunks:
                 with self._changed:
                     self._tokens["new"] += len(chunk.token_ids)
@@ -269,6 +280,21 @@ class Engine:
                     return replace(chunk)
                 ticket.tell(chunk)
         raise AssertionError("an answer ends with a reason")
+
+    def _is_alone(self) -> bool:
+        """Return whether no other answer runs: one of them at a time may go on from what the last one left."""
+        with self._changed:
+            return len(self._running) == 1
+
+    @contextmanager
+    def _keeping_no_more_than_one(self) -> Iterator[None]:
+        """Give up what was kept where others run by the end: the plan's room is theirs."""
+        try:
+            yield
+        finally:
+            if not self._is_alone():
+                with self._loaded.step_lock:
+                    self._kept.drop()
 
     def _count(self, outcome: Outcome, seconds: float) -> None:
         if isinstance(outcome, Exception):

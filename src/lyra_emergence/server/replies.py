@@ -13,6 +13,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletio
 from openai.types.chat.chat_completion import Choice
 from openai.types.chat.chat_completion_chunk import Choice as Piece
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from openai.types.completion_usage import PromptTokensDetails
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -171,4 +172,5 @@ def _usage(stats: GenerationStats) -> CompletionUsage:
         prompt_tokens=stats.prompt_tokens,
         completion_tokens=stats.new_tokens,
         total_tokens=stats.prompt_tokens + stats.new_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=stats.reused_tokens),
     )
