@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Asking", "check_unicode"]
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
+_COLDEST: Final = 1e-6
+"""The temperature below which no other token than the likeliest has a chance."""
 _ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -157,8 +159,9 @@ class _OneAtATime:
 
 
 def _sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
-    """Return the options of sampling; 0 for either asks for the likeliest token each time."""
-    if temperature == 0 or top_p == 0:
+    """Return the options of sampling; next to nothing for either asks for the likeliest token each time."""
+    # Logits that are divided by less are no numbers any more.
+    if top_p == 0 or (temperature is not None and temperature < _COLDEST):
         return {"do_sample": False, "temperature": 1.0, "top_p": 1.0}
     return {"do_sample": True, "temperature": temperature, "top_p": top_p}
 

@@ -15,7 +15,7 @@ from openai.types.chat import completion_create_params as chat
 from openai.types.shared_params import ResponseFormatText
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-__all__ = ["ChatBody", "CompletionBody", "WholeNumber", "known_fields"]
+__all__ = ["ChatBody", "CompletionBody", "Seed", "Tokens", "known_fields"]
 
 
 def _whole(value: object) -> object:
@@ -23,7 +23,10 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-WholeNumber = Annotated[int, BeforeValidator(_whole)]
+_Whole = Annotated[int, BeforeValidator(_whole)]
+# Their limits stand before the validator: behind it, the schema would not tell them.
+Tokens = Annotated[int, Field(ge=1, le=2**31), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_whole)]
 _One = Annotated[Literal[1], BeforeValidator(_whole)]
 _Zero = Annotated[float, Field(ge=0, le=0)]
 _Nothing = Annotated[list[Any], Field(max_length=0)]
@@ -31,19 +34,16 @@ _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 _LIMITS: Final[dict[str, Any]] = {
     "temperature": Field(ge=0, le=2),
     "top_p": Field(ge=0, le=1),
-    "seed": Field(ge=-(2**63), le=2**63 - 1),
-    "max_tokens": Field(ge=1, le=2**31),
-    "max_completion_tokens": Field(ge=1, le=2**31),
 }
 # Where the package's type is an iterable that pydantic would read only when it is used, or leaves open what is bounded.
 _NARROWED: Final[dict[str, Any]] = {
     "messages": Annotated[list[ChatCompletionMessageParam], Field(min_length=1)],
-    "prompt": str | list[WholeNumber] | Annotated[list[str], Field(min_length=1, max_length=1)],
+    "prompt": str | list[_Whole] | Annotated[list[str], Field(min_length=1, max_length=1)],
     "stop": _Stop | Annotated[list[_Stop], Field(max_length=16)] | None,
     "model": str,
-    "seed": WholeNumber,
-    "max_tokens": WholeNumber,
-    "max_completion_tokens": WholeNumber,
+    "seed": Seed,
+    "max_tokens": Tokens,
+    "max_completion_tokens": Tokens,
 }
 _TAKEN: Final = ("model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream_options")
 _TAKEN_CHAT: Final = ("messages", "max_completion_tokens")
@@ -53,7 +53,7 @@ _NEUTRAL: Final[dict[str, Any]] = {
     "best_of": _One,
     "presence_penalty": _Zero,
     "frequency_penalty": _Zero,
-    "logit_bias": Annotated[dict[str, WholeNumber], Field(max_length=0)],
+    "logit_bias": Annotated[dict[str, _Whole], Field(max_length=0)],
     "logprobs": Literal[False],
     "echo": Literal[False],
     "suffix": Literal[""],

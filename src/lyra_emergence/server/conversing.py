@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lyra_emergence.prompting import Exchange
 from lyra_emergence.questions import answer_of, options_within, request_for
 from lyra_emergence.server.asking import check_unicode
-from lyra_emergence.server.bodies import WholeNumber  # noqa: TC001 - pydantic reads it
+from lyra_emergence.server.bodies import Seed, Tokens  # noqa: TC001 - pydantic reads them
 from lyra_emergence.server.engine import Asked
 from lyra_emergence.server.refusals import error_body
 from lyra_emergence.server.replies import timings
@@ -56,10 +56,10 @@ class QuestionBody(BaseModel):
 
     question: Annotated[str, Field(min_length=1)]
     turns: Annotated[list[Said], Field(max_length=_MOST_TURNS)] = []
-    max_tokens: Annotated[WholeNumber, Field(ge=1, le=2**31)] | None = None
+    max_tokens: Tokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[WholeNumber, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Seed | None = None
 
     @property
     def stop(self) -> None:
@@ -106,11 +106,11 @@ class Conversing:
         """Search the journal and write the prompt.
 
         Raises:
-            RequestError: A text is no Unicode.
+            RequestError: What was said before is no Unicode.
             GenerationError: The question is empty or too long, or the model's chat template does not work.
             JournalError: The journal's index cannot be used.
         """
-        check_unicode("question", body.question)
+        # The body's own check is for the question alone: texts without a limit are not looked at.
         for at, turn in enumerate(body.turns):
             check_unicode(f"turns.{at}.question", turn.question)
             check_unicode(f"turns.{at}.answer", turn.answer)
@@ -158,12 +158,11 @@ async def _chunks(answer: Answer, engine: Engine) -> AsyncIterator[Chunk | int]:
     first = asyncio.ensure_future(answer.next())
     try:
         shown: int | None = None
-        while not first.done():
+        while not (await asyncio.wait({first}, timeout=_LOOK))[0]:
             ahead = engine.ahead_of(answer.ticket)
             if ahead is not None and ahead != shown:
                 shown = ahead
                 yield ahead
-            await asyncio.wait({first}, timeout=_LOOK)
         chunk = first.result()
     finally:
         first.cancel()

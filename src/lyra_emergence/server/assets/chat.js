@@ -32,7 +32,7 @@ class Chat {
     const turn = new Turn(question, () => this.journal);
     byId("welcome").hidden = true;
     byId("turns").append(turn.node);
-    turn.node.scrollIntoView({ block: "end" });
+    toEnd();
     const running = (this.running = new AbortController());
     changed(true);
     say("Answering");
@@ -75,7 +75,7 @@ class Turn {
     this.answer = make("div", { className: "answer" });
     this.state = make("p", { className: "state" }, "Reading the question");
     this.rest = make("div");
-    this.node = make("article", { className: "turn" }, make("h3", { className: "asked" }, question), this.answer, this.state, this.rest);
+    this.node = make("article", { className: "turn" }, make("h3", { className: "asked" }, question), this.answer, this.rest, this.state);
     this.node.dataset.busy = "";
   }
 
@@ -201,12 +201,25 @@ function showPassage(source, journal, opener, turn) {
   dialog.showModal();
 }
 
+let atEnd = true; // whether the reader looks at the end of the conversation
+
 /** Does `change`, and stays at the end of the conversation where the reader was there. */
 function following(change) {
-  const turns = byId("turns");
-  const near = turns.scrollHeight - turns.scrollTop - turns.clientHeight < NEAR;
+  const stay = atEnd;
   change();
-  if (near) turns.scrollTop = turns.scrollHeight;
+  if (stay) toEnd();
+}
+
+function toEnd() {
+  byId("turns").scrollTop = byId("turns").scrollHeight;
+}
+
+function watchTheEnd() {
+  const turns = byId("turns");
+  turns.addEventListener("scroll", () => {
+    atEnd = turns.scrollHeight - turns.scrollTop - turns.clientHeight < NEAR;
+  });
+  new ResizeObserver(() => atEnd && toEnd()).observe(turns);
 }
 
 function changed(busy) {

@@ -13,7 +13,8 @@ function askForKey(wrong) {
   door.onclose = () => door.showModal(); // a browser lets the second Esc through, and nothing works without the key
   door.showModal();
   return new Promise((resolve) => {
-    byId("enter").onclick = () => {
+    byId("enter").onsubmit = (event) => {
+      event.preventDefault();
       const key = byId("key").value.trim();
       if (!/^[\x21-\x7e]+$/.test(key)) return;
       door.onclose = null;
@@ -115,9 +116,6 @@ byId("anew").addEventListener("click", () => {
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !document.querySelector("dialog[open]")) chat.stop();
 });
-byId("key").addEventListener("keydown", (event) => {
-  if (event.key === "Enter") byId("enter").click();
-});
 byId("door").addEventListener("cancel", (event) => event.preventDefault());
 for (const dialog of document.querySelectorAll("dialog")) {
   dialog.querySelector("[data-closes]")?.addEventListener("click", () => dialog.close());
@@ -126,4 +124,5 @@ byId("passage").addEventListener("click", (event) => {
   if (event.target === event.currentTarget) event.currentTarget.close();
 });
 if (matchMedia("(max-width: 52rem)").matches) byId("placement").open = false;
+watchTheEnd();
 listen();

@@ -63,7 +63,7 @@ class Placement {
     if (device.limit) keys.append(key("free", "free", bytes(device.unused)));
     const told = device.limit ? `${bytes(device.used)} of ${bytes(device.limit)}` : `${bytes(device.used)}, read as it is used`;
     const head = make("div", { className: "device-head" }, make("strong", {}, device.device), make("span", {}, told));
-    const free = device.free_now === null ? "" : `${bytes(device.free_now)} free on the device now`;
+    const free = device.free_now === null ? "" : `${bytes(device.free_now)} free now`;
     const now = make("span", { className: "free-now" }, free);
     now.dataset.device = device.device;
     const name = make("p", { className: "device-name" }, device.name ? `${device.name} · ` : "", now);
@@ -98,7 +98,7 @@ class Placement {
     const moved = block.device !== block.home;
     cell.title = `${block.block} on ${block.device}${moved ? `, loaded on ${block.home}` : ""}: ${bytes(block.weights)}; ${block.reason}`;
     Object.assign(cell.dataset, { block: block.block, kind: block.kind, hue: this.hues.get(block.device), device: block.device });
-    if (moved) cell.dataset.moved = block.home;
+    if (moved) Object.assign(cell.dataset, { moved: block.home, home: this.hues.get(block.home) });
     else delete cell.dataset.moved;
     return cell;
   }
@@ -107,12 +107,12 @@ class Placement {
     this.rate = figures.tokens_per_second;
     const shown = this.rate >= 10 ? this.rate.toFixed(0) : this.rate.toFixed(1).replace(/\.0$/, "");
     byId("rate").textContent = shown;
-    const taken = `${figures.reserved_tokens} of ${figures.room_tokens} tokens of room taken`;
+    const taken = `${figures.reserved_tokens} of ${figures.room_tokens} tokens taken`;
     byId("load").textContent = `${figures.running} running · ${figures.waiting} waiting · ${taken}`;
     byId("gist").textContent = [this.gist, ...(this.rate ? [`${shown} tok/s`] : [])].join(" · ");
     for (const [device, free] of Object.entries(figures.free)) {
       const place = document.querySelector(`.free-now[data-device="${CSS.escape(device)}"]`);
-      if (place) place.textContent = `${bytes(free)} free on the device now`;
+      if (place) place.textContent = `${bytes(free)} free now`;
     }
     this.rates = [...this.rates, this.rate].slice(-POINTS);
     const most = Math.max(1, ...this.rates);
