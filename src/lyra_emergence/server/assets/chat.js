@@ -151,8 +151,8 @@ class Turn {
     this.tell("");
     this.end();
     const told = error instanceof Refused ? error : new Refused(0, { message: "the server cannot be reached", hint: "is it still running?" }, null);
-    const pause = told.pause ? ` Try again in ${told.pause} s.` : "";
-    const box = this.fault(told.message, told.hint + pause);
+    const pause = told.pause ? `try again in ${told.pause} s` : "";
+    const box = this.fault(told.message, [told.hint, pause].filter(Boolean).join("; "));
     box.append(" ", make("button", { type: "button", onclick: again }, "Ask again"));
   }
 
