@@ -11,24 +11,22 @@ whose `finish_reason` is "interrupted". Any other error leaves the conversation 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from lyra_emergence.errors import DoesNotFitError, EndpointError, GenerationError
-from lyra_emergence.fitting import Fitting, Request
-from lyra_emergence.journal.index import Found
-from lyra_emergence.journal.search import asks_for_overview, terms
-from lyra_emergence.journal.text import flowing, plain, words
+from lyra_emergence.journal.text import plain
 from lyra_emergence.prompting import Exchange
+from lyra_emergence.questions import answer_of, options_within, request_for
 from lyra_emergence.speaker import LocalSpeaker
-from lyra_emergence.turns import CITATION, Answer, ChatChunk, Source, Turn, citations
+from lyra_emergence.turns import Answer, ChatChunk, Source, Turn
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator
+    from collections.abc import Generator, Iterable
 
     from lyra_emergence.chunks import GenerationOptions, GenerationStats
     from lyra_emergence.conversations import ConversationLog
-    from lyra_emergence.journal import Hit, JournalIndex
+    from lyra_emergence.fitting import Request
+    from lyra_emergence.journal import JournalIndex
     from lyra_emergence.loading import LoadedModel
     from lyra_emergence.speaker import Speaker, Stream, Writer
 
@@ -36,13 +34,6 @@ __all__ = ["DEFAULT_PASSAGES", "Answer", "ChatChunk", "ChatSession", "Source", "
 
 DEFAULT_PASSAGES = 4
 """Journal passages that a model is given with a question."""
-
-_REFERRING = frozenset(
-    ["he", "her", "hers", "him", "his", "it", "its", "she", "that", "their", "them", "these", "they", "this"]
-)
-_FEW_TERMS = 2
-"""Telling words of a question that leans on the one before, at most: with more, "she" is likely someone it names."""
-_CONTINUING = frozenset(["and", "but", "so", "then", "why"])
 
 
 class ChatSession:
@@ -178,9 +169,6 @@ class ChatSession:
         self, question: str, options: GenerationOptions | None, *, replacing: bool = False
     ) -> Generator[ChatChunk, None, None]:
         self._close()
-        question = question.strip()
-        if not question:
-            raise GenerationError("the question is empty", hint="type a question")
         at = len(self._turns) - replacing
         self._open = self._answer(self._request(question, self._turns[:at]), options or self.options, at)
         return self._open
@@ -191,32 +179,18 @@ class ChatSession:
             self._open = None
 
     def _request(self, question: str, turns: list[Turn]) -> Request:
-        sources, notes = self._search(question, turns)
-        # Without their citations: the numbers meant other passages.
-        said = ((turn.question, CITATION.sub("", turn.answer.text).strip()) for turn in turns)
-        earlier = tuple(Exchange(asked, answer) for asked, answer in said if answer)
-        return Fitting(self._writer, question, self.context_length).fit(
-            sources, earlier, notes, self.options.max_new_tokens
+        return request_for(
+            question,
+            [Exchange(turn.question, turn.answer.text) for turn in turns],
+            self._writer,
+            self._journal,
+            passages=self.passages,
+            context=self.context_length,
+            answer=self.options.max_new_tokens,
         )
-
-    def _search(self, question: str, turns: list[Turn]) -> tuple[tuple[Source, ...], tuple[str, ...]]:
-        if self._journal is None:
-            return (), ()
-        if not self._journal.count:
-            return (), ("the journal holds no entries yet",)
-        if asks_for_overview(question):
-            found = Found(self._journal.latest(self.passages))
-        else:
-            found = self._journal.find(_standalone(question, turns), self.passages)
-        return tuple(_source(number, hit) for number, hit in enumerate(found.hits, start=1)), found.said
 
     def _answer(self, request: Request, options: GenerationOptions, at: int) -> Generator[ChatChunk, None, None]:
-        room = self.context_length - len(request.prompt)
-        options = replace(
-            options,
-            max_new_tokens=min(options.max_new_tokens, room),
-            stop=(*options.stop, *self._writer.stops),
-        )
+        options = options_within(options, request, self._writer, self.context_length)
         if self._log is not None:
             self._log.begin(request.question, request.sources, at)
         chunks: Any = self._speaker.stream(request.prompt, options)
@@ -247,17 +221,7 @@ class ChatSession:
         yield ChatChunk(new if last else "", answer)
 
     def _keep(self, request: Request, text: str, reason: str, stats: GenerationStats | None, at: int) -> Answer:
-        text = text.rstrip()
-        cited = citations(text)
-        numbers = {source.number for source in request.sources}
-        answer = Answer(
-            text=text,
-            sources=tuple(replace(source, cited=source.number in cited) for source in request.sources),
-            unknown_citations=tuple(number for number in cited if number not in numbers),
-            finish_reason=reason,
-            stats=stats,
-            notes=(*request.notes, *_memory_notes(stats)),
-        )
+        answer = answer_of(request, text, reason, stats)
         turn = Turn(request.question, answer)
         self._turns[at:] = [turn]
         if self._log is not None:
@@ -267,29 +231,3 @@ class ChatSession:
 
 def _speaker(model: LoadedModel | Speaker, stream: Stream | None) -> Speaker:
     return cast("Speaker", model) if hasattr(model, "waits_on_others") else LocalSpeaker(model, stream)
-
-
-def _standalone(question: str, turns: list[Turn]) -> str:
-    """Return the question, with the one before it where it seems to refer back."""
-    said = words(question)
-    refers = said[:1] and (said[0] in _CONTINUING or not _REFERRING.isdisjoint(said))
-    if not (turns and refers and len(terms(question)) <= _FEW_TERMS):
-        return question
-    return f"{question}\n{turns[-1].question}"
-
-
-def _memory_notes(stats: GenerationStats | None) -> Iterator[str]:
-    """Yield a line on memory that ran out, where something was moved or changed for it, and on what is short."""
-    yield from stats.warnings if stats else ()
-    told = [recovery for recovery in (stats.recoveries if stats else ()) if recovery.blocks]
-    if told:
-        moved = sum(len(recovery.blocks) for recovery in told)
-        blocks = "1 block" if moved == 1 else f"{moved} blocks"
-        yield (
-            f"memory ran out on {told[0].device} after {told[0].tokens} tokens: {blocks} of the model went to the CPU, "
-            "and come back when there is room"
-        )
-
-
-def _source(number: int, hit: Hit) -> Source:
-    return Source(number, hit.entry.id, hit.entry.date, hit.entry.label, flowing(hit.passage))

@@ -22,13 +22,11 @@ __all__ = ["LocalSpeaker", "Speaker", "Writer"]
 
 
 class Writer(Protocol):
-    """Makes prompts.
+    """Makes prompts."""
 
-    Attributes:
-        stops: Texts at which an answer must stop, beside the model's own end.
-    """
-
-    stops: tuple[str, ...]
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts at which an answer must stop, beside the model's own end."""
 
     def write(self, question: str, excerpts: tuple[Excerpt, ...] = (), earlier: tuple[Exchange, ...] = (), /) -> Sized:
         """Return the prompt; its `len` is its tokens."""

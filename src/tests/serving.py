@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -11,11 +12,16 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lyra_emergence.turn_lock import TurnLock
+
 from . import families
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import httpx
+
+    from lyra_emergence.journal import JournalIndex
     from lyra_emergence.loading import LoadedModel
     from lyra_emergence.server.engine import Engine
     from lyra_emergence.server.guard import Limits
@@ -68,15 +74,70 @@ class ServerProcess:
             self.process.stdout.close()
 
 
+class PacedLock(TurnLock):
+    """A model's lock that lets so many through as a test grants; all of them before `hold` and after `let_go`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._granting = threading.Condition()
+        self._granted: int | None = None
+
+    def hold(self, granted: int = 0) -> None:
+        with self._granting:
+            self._granted = granted
+            self._granting.notify_all()
+
+    def let_go(self) -> None:
+        with self._granting:
+            self._granted = None
+            self._granting.notify_all()
+
+    def acquire(self) -> None:
+        with self._granting:
+            self._granting.wait_for(lambda: self._granted is None or self._granted > 0)
+            if self._granted is not None:
+                self._granted -= 1
+        super().acquire()
+
+
+def sample_journal() -> JournalIndex:
+    """The sample journal as the bundled model is given it."""
+    from lyra_emergence.bundled import BUNDLED_PASSAGE_LENGTH
+    from lyra_emergence.journal import JournalIndex, read_journal
+
+    journal = JournalIndex(read_journal(ROOT / "data" / "journal" / "sample.json"))
+    return journal.with_passages(BUNDLED_PASSAGE_LENGTH, by_words=True)
+
+
+def told_events(response: httpx.Response) -> Iterator[tuple[str, Any]]:
+    """Yield the events of a stream as (name, data)."""
+    name = ""
+    for line in response.iter_lines():
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield name, json.loads(line.removeprefix("data: "))
+
+
 @contextlib.contextmanager
-def served(loaded: LoadedModel, engine: Engine, limits: Limits, **settings: Any) -> Iterator[str]:
+def served(
+    loaded: LoadedModel,
+    engine: Engine,
+    limits: Limits,
+    *,
+    journal: JournalIndex | None = None,
+    passages: int = 3,
+    name: str = "tiny",
+    port: int = 0,
+    **settings: Any,
+) -> Iterator[str]:
     """Serve a model from a thread of this process; yield the URL."""
     from lyra_emergence.server.app import make_app
     from lyra_emergence.server.running import LyraServer, bound_socket
 
     ready = threading.Event()
-    with bound_socket("127.0.0.1", 0) as bound:
-        app = make_app(loaded, engine, limits, name="tiny")
+    with bound_socket("127.0.0.1", port) as bound:
+        app = make_app(loaded, engine, limits, name=name, journal=journal, passages=passages)
         server = LyraServer(app, engine, on_ready=ready.set, **settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         port = bound.getsockname()[1]

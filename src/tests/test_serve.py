@@ -146,6 +146,7 @@ def test_a_seed_repeats_an_answer_and_no_temperature_is_the_likeliest(client: op
     assert len({ask(temperature=2, seed=seed) for seed in range(4)} | {ask(temperature=2)}) > 2
     likeliest = told("Nobody", 24, directory)
     assert [ask(temperature=0, seed=1), ask(top_p=0), ask(temperature=1, top_p=1e-9, seed=3)] == [likeliest] * 3
+    assert ask(temperature=1e-300) == likeliest
 
 
 def test_models_and_health(client: openai.OpenAI, http: httpx.Client, server: ServerProcess) -> None:

@@ -27,10 +27,19 @@ OPERATIONS = (
     "GET /v1/models/{model_id}",
     "GET /health",
     "GET /metrics",
+    "POST /lyra/chat",
+    "GET /lyra/placement",
+    "GET /lyra/events",
 )
 KNOWN: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_completion_tokens": 2},
-    "/v1/completions": {"prompt": "Hi"},
+    "/v1/chat/completions": {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 2,
+        "max_completion_tokens": 2,
+    },
+    "/v1/completions": {"model": "tiny", "prompt": "Hi", "max_tokens": 2},
+    "/lyra/chat": {"question": "Hi", "turns": [], "max_tokens": 2},
 }
 SETTINGS = hypothesis.settings(
     max_examples=25,
@@ -51,6 +60,16 @@ def described(checkpoints: Callable[[str], Path]) -> Iterator[Any]:
     loaded.close()
 
 
+def lasts(seconds: object) -> bool:
+    """Whether a stream that is asked for with this would go on for a while, or without end."""
+    if not isinstance(seconds, str | float | int):
+        return True  # an empty list is nothing in an address
+    try:
+        return 0 < float(seconds) <= 86_400
+    except ValueError:
+        return False
+
+
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.value)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_server_does_as_it_describes(operation: str, mode: schemathesis.GenerationMode, described: Any) -> None:
@@ -60,7 +79,9 @@ def test_the_server_does_as_it_describes(operation: str, mode: schemathesis.Gene
     def ask(case: Any) -> None:
         if mode.is_positive and isinstance(case.body, dict):
             # What the schema cannot tell: the model's name, the context, that messages of tools are refused.
-            case.body |= {"model": "tiny", "max_tokens": 2, **KNOWN[path]}
+            case.body |= KNOWN[path]
+        if path == "/lyra/events" and lasts(case.query.get("seconds")):
+            case.query = {**case.query, "seconds": 0}
         seen.append(case.call_and_validate().status_code)
 
     strategy = described[path][method].as_strategy(generation_mode=mode)

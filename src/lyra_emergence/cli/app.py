@@ -134,6 +134,10 @@ ContextOption = Annotated[
     int | None,
     typer.Option("--context", metavar="N", min=1, help="tokens of context to make room for"),
 ]
+JournalOption = Annotated[
+    Path | None, typer.Option("--journal", metavar="PATH", help="the journal [your own, else the sample]")
+]
+RerankOption = Annotated[bool, typer.Option("--rerank", help="order the found entries again by a closer look")]
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", metavar="NAME", help="what to compute in: bfloat16, float16, float32")
 ]
@@ -161,15 +165,8 @@ def chat_command(
     model_config: ModelConfigOption = None,
     max_memory: MaxMemoryOption = None,
     context: ContextOption = None,
-    journal: Annotated[
-        Path | None,
-        typer.Option(
-            "--journal",
-            metavar="PATH",
-            help="the journal [your own, else the sample]",
-        ),
-    ] = None,
-    rerank: Annotated[bool, typer.Option("--rerank", help="order the found entries again by a closer look")] = False,
+    journal: JournalOption = None,
+    rerank: RerankOption = False,
     max_new_tokens: Annotated[
         int | None,
         typer.Option("--max-new-tokens", metavar="N", min=1, help="most tokens of an answer"),
@@ -325,6 +322,9 @@ def serve_command(
     model_config: ModelConfigOption = None,
     max_memory: MaxMemoryOption = None,
     context: ContextOption = None,
+    journal: JournalOption = None,
+    no_journal: Annotated[bool, typer.Option("--no-journal", help="answer on the page without a journal")] = False,
+    rerank: RerankOption = False,
     host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="where to listen")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="0 for any free one")] = 8000,
     api_key_env: Annotated[
@@ -337,11 +337,19 @@ def serve_command(
     offline: OfflineOption = False,
     verbose: VerboseOption = False,
 ) -> int:
-    """Serve the model to OpenAI's clients, on this machine."""
+    """Serve the model to OpenAI's clients, and a page to chat on, on this machine."""
     from lyra_emergence.cli.serve import ServeRequest, run_serve
 
-    limits = tuple(max_memory or ())
-    options = Options(model=model, model_config=model_config, max_memory=limits, context=context, offline=offline)
+    options = Options(
+        model=model,
+        model_config=model_config,
+        max_memory=tuple(max_memory or ()),
+        context=context,
+        journal=journal,
+        no_journal=no_journal,
+        rerank=rerank,
+        offline=offline,
+    )
     request = ServeRequest(host, port, api_key_env, parallel, queue, max_body, grace)
     return run_serve(options, request, Console(verbose=verbose))
 

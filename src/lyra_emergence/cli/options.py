@@ -26,6 +26,7 @@ class Options:
         max_memory: "DEVICE=AMOUNT", as written.
         context: Tokens of context.
         journal: Journal file.
+        no_journal: Whether there is none, though one would be found.
         rerank: Whether found entries are ordered again.
         max_new_tokens: Longest answer, in tokens.
         temperature: Sampling temperature; 0 takes the likeliest token each time.
@@ -61,6 +62,7 @@ class Options:
     conversation: str | None = None
     no_log: bool = False
     offline: bool = False
+    no_journal: bool = False
 
     def resolve(self) -> ResolvedConfig:
         """Return the configuration with these options on top.

@@ -180,12 +180,12 @@ def prepare(options: Options, console: Console) -> Prepared:
 
 
 def open_the_journal(options: Options, config: ModelConfig, console: Console) -> JournalIndex | None:
-    """Return the journal that the options name or that is found, indexed; None where there is none.
+    """Return the journal that the options name or that is found, indexed; None where there is none, or is to be none.
 
     Raises:
         JournalError: It cannot be read.
     """
-    path = find_journal(options.journal)
+    path = None if options.no_journal else find_journal(options.journal)
     if path is None:
         return None
     from lyra_emergence.journal import open_journal

@@ -1,13 +1,14 @@
-"""`lyra.py serve`: the model behind an OpenAI-compatible address on this machine."""
+"""`lyra.py serve`: the model behind an OpenAI-compatible address on this machine, and a page to chat on."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from lyra_emergence.cli.prepare import loaded_model, prepare
+from lyra_emergence.cli.ready import describe_journal
 from lyra_emergence.errors import ConfigError, MissingExtraError
 from lyra_emergence.server.room import DEFAULT_PARALLEL, room_of
 from lyra_emergence.units import parse_bytes
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from lyra_emergence.cli.console import Console
     from lyra_emergence.cli.options import Options
+    from lyra_emergence.cli.prepare import Prepared
     from lyra_emergence.loading import LoadedModel
     from lyra_emergence.server.guard import Limits
 
@@ -54,12 +56,14 @@ def run_serve(options: Options, request: ServeRequest, console: Console) -> int:
     """Load the configured model and serve it until a signal comes.
 
     Raises:
-        ConfigError: An option is wrong, or the address cannot be had.
+        ConfigError: An option is wrong, two contradict each other, or the address cannot be had.
         LyraError: The model cannot be loaded.
         MissingExtraError: The extra 'serve' is not installed.
     """
     if any(importlib.util.find_spec(name) is None for name in _PACKAGES):
         raise MissingExtraError("'lyra.py serve'", extra="serve")
+    if options.no_journal and options.journal is not None:
+        raise ConfigError("--no-journal and --journal contradict each other", hint="leave one of them out")
     if options.offline:
         from lyra_emergence.cli.start import go_offline
 
@@ -69,14 +73,23 @@ def run_serve(options: Options, request: ServeRequest, console: Console) -> int:
 
     with bound_socket(request.host, request.port) as bound:  # before seconds go into loading
         _warn(request, limits, console)
-        prepared = prepare(options, console)
+        prepared = prepare(_with_safe_journal(options, limits, console), console)
         console.tell(prepared.summary())
+        console.tell(describe_journal(prepared.journal))
         with loaded_model(prepared, console) as loaded:
-            _serve(loaded, request, limits, bound, console)
+            _serve(loaded, prepared, request, limits, bound=bound, console=console)
     return 0
 
 
-def _serve(loaded: LoadedModel, request: ServeRequest, limits: Limits, bound: socket.socket, console: Console) -> None:
+def _serve(
+    loaded: LoadedModel,
+    prepared: Prepared,
+    request: ServeRequest,
+    limits: Limits,
+    *,
+    bound: socket.socket,
+    console: Console,
+) -> None:
     from lyra_emergence.server.app import make_app
     from lyra_emergence.server.engine import Engine
     from lyra_emergence.server.running import LyraServer
@@ -86,8 +99,13 @@ def _serve(loaded: LoadedModel, request: ServeRequest, limits: Limits, bound: so
     engine = Engine(loaded, room, request.queue)
     name = loaded.plan.model
     console.tell(f"{name}: {room}; {request.queue} more may wait")
-    app = make_app(loaded, engine, limits, name=name)
-    server = LyraServer(app, engine, request.grace, on_ready=lambda: console.print(_url(bound)))
+    app = make_app(loaded, engine, limits, name=name, journal=prepared.journal, passages=prepared.passages)
+
+    def ready() -> None:
+        console.tell(f"the page: {_root(bound)}/")
+        console.print(f"{_root(bound)}/v1")
+
+    server = LyraServer(app, engine, request.grace, on_ready=ready)
     server.run(sockets=[bound])
     figures = engine.figures()
     answers = sum(figures.ended.values())
@@ -119,6 +137,14 @@ def _warn(request: ServeRequest, limits: Limits, console: Console) -> None:
     console.warning(told)
 
 
-def _url(bound: socket.socket) -> str:
+def _with_safe_journal(options: Options, limits: Limits, console: Console) -> Options:
+    """Return the options without a journal that nobody named where other machines could read in it without a key."""
+    if limits.local_names_only or limits.key or options.journal is not None or options.no_journal:
+        return options
+    console.note("without a key no journal is served to other machines; --journal names one all the same")
+    return replace(options, no_journal=True)
+
+
+def _root(bound: socket.socket) -> str:
     host, port = bound.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -1,4 +1,4 @@
-"""The routes: chat completions, completions, models, health, metrics."""
+"""The application: OpenAI's routes (chat completions, completions, models), health, metrics, and Lyra's own."""
 
 from __future__ import annotations
 
@@ -13,24 +13,30 @@ from fastapi.exceptions import RequestValidationError
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
+from lyra_emergence.chat import DEFAULT_PASSAGES
 from lyra_emergence.errors import LyraError, RequestError
 from lyra_emergence.server.asking import Asking
 from lyra_emergence.server.bodies import ChatBody, CompletionBody, known_fields
+from lyra_emergence.server.conversing import Conversing
 from lyra_emergence.server.events import Answer
 from lyra_emergence.server.guard import Guard, Limits
 from lyra_emergence.server.metrics import CONTENT_TYPE, Metrics
+from lyra_emergence.server.own_routes import add_own_routes
 from lyra_emergence.server.refusals import ErrorBody, error_body, invalid, refusal
 from lyra_emergence.server.replies import DONE, ChatReply, CompletionReply, as_event, listed_model
+from lyra_emergence.server.streams import STREAM_CONTENT, EventStream
+from lyra_emergence.server.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from fastapi.telemetry import TelemetryConfig
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp
 
     from lyra_emergence.chunks import Chunk
+    from lyra_emergence.journal import JournalIndex
     from lyra_emergence.loading import LoadedModel
     from lyra_emergence.server.engine import Asked, Engine
     from lyra_emergence.server.replies import Reply
@@ -41,14 +47,23 @@ _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     "4XX": {"model": ErrorBody, "description": "The request is refused"},
     "5XX": {"model": ErrorBody, "description": "The server cannot answer"},
 }
-_EVENT: Final = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
-_STREAM: Final = {"text/event-stream": {"schema": _EVENT}}
+_KNOWN_FIELDS: Final = {
+    "/v1/chat/completions": known_fields(ChatBody),
+    "/v1/completions": known_fields(CompletionBody),
+}
 # A variable of the environment could have FastAPI send what is in refused requests elsewhere.
 _SILENT: Final[TelemetryConfig] = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
-_TEXT: Final = "text/event-stream; charset=utf-8"
 
 
-def make_app(loaded: LoadedModel, engine: Engine, limits: Limits, *, name: str) -> ASGIApp:
+def make_app(
+    loaded: LoadedModel,
+    engine: Engine,
+    limits: Limits,
+    *,
+    name: str,
+    journal: JournalIndex | None = None,
+    passages: int = DEFAULT_PASSAGES,
+) -> ASGIApp:
     """Return the server as an ASGI application.
 
     Args:
@@ -56,21 +71,26 @@ def make_app(loaded: LoadedModel, engine: Engine, limits: Limits, *, name: str) 
         engine: What runs its answers.
         limits: Who may ask, and how much.
         name: What clients call the model.
+        journal: What the page's questions are answered from; None for answers without.
+        passages: Journal passages for each of them, at most.
     """
     statuses: Counter[int] = Counter()
     # No pages of documentation: they would load their scripts from elsewhere.
     app = FastAPI(title="Lyra", docs_url=None, redoc_url=None, version="1", telemetry=_SILENT)
     _add_errors(app)
-    _add_answers(app, Asking(loaded, name), engine)
+    asking = Asking(loaded, name)
+    _add_answers(app, asking, engine)
     _add_listings(app, name, loaded.context_length, engine, Metrics(engine, statuses))
+    conversing = Conversing(loaded, asking, journal, passages)
+    add_own_routes(app, conversing, Watch(loaded, engine, name, conversing.journal), engine, _ERRORS)
     return Guard(app, limits, statuses)
 
 
 def _add_errors(app: FastAPI) -> None:
     async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        body = CompletionBody if request.url.path == "/v1/completions" else ChatBody
-        return refusal(invalid(error.errors(), known_fields(body)))
+        known = _KNOWN_FIELDS.get(request.url.path, frozenset())
+        return refusal(invalid(error.errors(), known))
 
     async def on_http(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -90,7 +110,7 @@ def _add_errors(app: FastAPI) -> None:
 
 def _add_answers(app: FastAPI, asking: Asking, engine: Engine) -> None:
     def extra(model: type[Any]) -> dict[str, Any]:
-        return {"response_model": model, "responses": {200: {"content": _STREAM}, **_ERRORS}}
+        return {"response_model": model, "responses": {200: {"content": STREAM_CONTENT}, **_ERRORS}}
 
     @app.post("/v1/chat/completions", **extra(ChatCompletion))
     async def chat_completions(request: Request, body: ChatBody) -> Response:  # type: ignore[valid-type]
@@ -148,7 +168,7 @@ async def _answer(request: Request, body: Any, read: Callable[[Any], Asked], eng
         answer.stop()
         raise
     wants_usage = bool((body.stream_options or {}).get("include_usage"))
-    return _Events(_pieces(answer, first, reply, wants_usage=wants_usage), answer)
+    return EventStream(_pieces(answer, first, reply, wants_usage=wants_usage), answer.stop)
 
 
 async def _whole(request: Request, answer: Answer, reply: Reply) -> Response:
@@ -201,18 +221,3 @@ async def _pieces(answer: Answer, first: Chunk, reply: Reply, *, wants_usage: bo
     if wants_usage:
         yield as_event(reply.usage(chunk.stats))
     yield DONE
-
-
-class _Events(StreamingResponse):
-    """A stream of events that stops its answer, however it ends."""
-
-    def __init__(self, pieces: AsyncIterator[bytes], answer: Answer) -> None:
-        # Proxies are asked not to hold pieces back.
-        super().__init__(pieces, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type=_TEXT)
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._answer.stop()

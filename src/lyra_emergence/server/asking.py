@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import ValidationError
@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lyra_emergence.loading import LoadedModel
+    from lyra_emergence.prompting import Excerpt, Exchange
+    from lyra_emergence.speaker import Writer
 
-__all__ = ["Asking"]
+__all__ = ["Asking", "check_unicode"]
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
+_COLDEST: Final = 1e-6
+"""The temperature below which no other token than the likeliest has a chance."""
 _ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -42,6 +46,11 @@ class Asking:
         # Tokenizers of the `tokenizers` library refuse to be changed by one thread while another one uses them.
         self._lock = threading.Lock()
 
+    @property
+    def writer(self) -> Writer:
+        """What writes prompts over a journal; may be used by several threads."""
+        return _OneAtATime(self._writer, self._lock)
+
     def chat(self, body: Any) -> Asked:
         """Return what a chat completion asks for.
 
@@ -54,7 +63,7 @@ class Asking:
         with self._lock:
             prompt = self._writer.converse(messages)
         limit = body.max_completion_tokens or body.max_tokens
-        return self._asked(prompt, self._options(body, limit, self._writer.stops), "messages")
+        return self._asked(prompt, self.options(body, limit, self._writer.stops), "messages")
 
     def completion(self, body: Any) -> Asked:
         """Return what a completion asks for.
@@ -67,12 +76,12 @@ class Asking:
         if isinstance(prompt, list) and isinstance(prompt[0] if prompt else 0, str):
             prompt = prompt[0]
         ids = self._encoded(prompt) if isinstance(prompt, str) else self._checked(prompt)
-        return self._asked(ids, self._options(body, body.max_tokens, ()), "prompt")
+        return self._asked(ids, self.options(body, body.max_tokens, ()), "prompt")
 
     def _encoded(self, text: str) -> list[int]:
         from lyra_emergence.generation import encode_prompt
 
-        _check_unicode("prompt", text)
+        check_unicode("prompt", text)
         with self._lock:
             try:
                 return encode_prompt(self._loaded, text)
@@ -111,7 +120,14 @@ class Asking:
         most = min(options.max_new_tokens, context - len(prompt))
         return Asked(tuple(prompt), replace(options, max_new_tokens=most))
 
-    def _options(self, body: Any, limit: int | None, stops: tuple[str, ...]) -> GenerationOptions:
+    def options(self, body: Any, limit: int | None, stops: tuple[str, ...]) -> GenerationOptions:
+        """Return how to generate what a body asks for.
+
+        Args:
+            body: With `seed`, `temperature`, `top_p` and `stop`, each None for what the configuration says.
+            limit: Tokens of the answer at most, or None likewise.
+            stops: Texts that end it beside those of the body.
+        """
         given: dict[str, Any] = {"max_new_tokens": limit, "seed": body.seed}
         if body.temperature is not None or body.top_p is not None:
             given |= _sampling(body.temperature, body.top_p)
@@ -124,9 +140,28 @@ class Asking:
         return options
 
 
+@dataclass(frozen=True, slots=True)
+class _OneAtATime:
+    """A writer that threads use one after the other."""
+
+    inner: PromptWriter
+    lock: threading.Lock
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return self.inner.stops
+
+    def write(
+        self, question: str, excerpts: tuple[Excerpt, ...] = (), earlier: tuple[Exchange, ...] = (), /
+    ) -> list[int]:
+        with self.lock:
+            return self.inner.write(question, excerpts, earlier)
+
+
 def _sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
-    """Return the options of sampling; 0 for either asks for the likeliest token each time."""
-    if temperature == 0 or top_p == 0:
+    """Return the options of sampling; next to nothing for either asks for the likeliest token each time."""
+    # Logits that are divided by less are no numbers any more.
+    if top_p == 0 or (temperature is not None and temperature < _COLDEST):
         return {"do_sample": False, "temperature": 1.0, "top_p": 1.0}
     return {"do_sample": True, "temperature": temperature, "top_p": top_p}
 
@@ -146,7 +181,7 @@ def _message(at: int, message: Any) -> dict[str, str]:
 
 def _text(place: str, content: str | Iterable[Any] | None) -> str:
     if isinstance(content, str):
-        _check_unicode(place, content)
+        check_unicode(place, content)
         return content
     try:
         parts = list(content or ())  # read only now: the type is an iterable
@@ -162,11 +197,16 @@ def _text(place: str, content: str | Iterable[Any] | None) -> str:
                 hint="send text",
             )
     text = "".join(part["text"] for part in parts)
-    _check_unicode(place, text)
+    check_unicode(place, text)
     return text
 
 
-def _check_unicode(place: str, text: str) -> None:
+def check_unicode(place: str, text: str) -> None:
+    """Refuse a text that no tokenizer has a form for.
+
+    Raises:
+        RequestError: It holds half of a surrogate pair.
+    """
     # JSON can write half of a surrogate pair, which tokenizers have no form for.
     if _SURROGATE.search(text):
         raise RequestError(f"'{place}': the text holds half of a surrogate pair", param=place, hint="send UTF-8")

@@ -15,7 +15,7 @@ from openai.types.chat import completion_create_params as chat
 from openai.types.shared_params import ResponseFormatText
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-__all__ = ["ChatBody", "CompletionBody", "known_fields"]
+__all__ = ["ChatBody", "CompletionBody", "Seed", "Tokens", "known_fields"]
 
 
 def _whole(value: object) -> object:
@@ -24,6 +24,9 @@ def _whole(value: object) -> object:
 
 
 _Whole = Annotated[int, BeforeValidator(_whole)]
+# Their limits stand before the validator: behind it, the schema would not tell them.
+Tokens = Annotated[int, Field(ge=1, le=2**31), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_whole)]
 _One = Annotated[Literal[1], BeforeValidator(_whole)]
 _Zero = Annotated[float, Field(ge=0, le=0)]
 _Nothing = Annotated[list[Any], Field(max_length=0)]
@@ -31,9 +34,6 @@ _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 _LIMITS: Final[dict[str, Any]] = {
     "temperature": Field(ge=0, le=2),
     "top_p": Field(ge=0, le=1),
-    "seed": Field(ge=-(2**63), le=2**63 - 1),
-    "max_tokens": Field(ge=1, le=2**31),
-    "max_completion_tokens": Field(ge=1, le=2**31),
 }
 # Where the package's type is an iterable that pydantic would read only when it is used, or leaves open what is bounded.
 _NARROWED: Final[dict[str, Any]] = {
@@ -41,9 +41,9 @@ _NARROWED: Final[dict[str, Any]] = {
     "prompt": str | list[_Whole] | Annotated[list[str], Field(min_length=1, max_length=1)],
     "stop": _Stop | Annotated[list[_Stop], Field(max_length=16)] | None,
     "model": str,
-    "seed": _Whole,
-    "max_tokens": _Whole,
-    "max_completion_tokens": _Whole,
+    "seed": Seed,
+    "max_tokens": Tokens,
+    "max_completion_tokens": Tokens,
 }
 _TAKEN: Final = ("model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream_options")
 _TAKEN_CHAT: Final = ("messages", "max_completion_tokens")

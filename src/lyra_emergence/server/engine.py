@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 from lyra_emergence.chunks import Chunk, GenerationOptions
 from lyra_emergence.errors import AbandonedError, LyraError, RequestError, without_frames
+from lyra_emergence.server.pace import Pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -102,6 +103,7 @@ class EngineFigures:
         prompt_tokens: Tokens of the prompts of answers that ended whole.
         new_tokens: Tokens that were generated, those of broken-off answers included.
         recoveries: Times that memory ran out and an answer that ended whole went on.
+        tokens_per_second: How fast tokens come of late, all answers together; 0 where nothing runs.
     """
 
     running: int
@@ -112,6 +114,7 @@ class EngineFigures:
     prompt_tokens: int
     new_tokens: int
     recoveries: int
+    tokens_per_second: float
 
 
 class Engine:
@@ -137,6 +140,8 @@ class Engine:
         self._kept = PromptCache()
         self._ended: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
+        self._pace = Pace()
+        self._at_close: list[Callable[[], None]] = []
         self._threads = [
             threading.Thread(target=self._work, name=f"answer-{number}", daemon=True) for number in range(room.parallel)
         ]
@@ -190,13 +195,26 @@ class Engine:
                 prompt_tokens=self._tokens["prompt"],
                 new_tokens=self._tokens["new"],
                 recoveries=self._tokens["recoveries"],
+                tokens_per_second=self._pace.tokens_per_second() if self._running else 0.0,
             )
+
+    def ahead_of(self, ticket: Ticket) -> int | None:
+        """Return how many requests wait before this one; None where it waits no more."""
+        with self._changed:
+            return self._waiting.index(ticket) if ticket in self._waiting else None
+
+    def at_close(self, call: Callable[[], None]) -> None:
+        """Have `call` called when the engine is closed, in the thread that closes it; it must not raise."""
+        self._at_close.append(call)
 
     def close(self) -> None:
         """Take no more requests; what waits and runs goes on."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            calls, self._at_close = self._at_close, []
+        for call in calls:
+            call()
 
     def cut(self) -> None:
         """Take no more requests, and stop what waits and runs."""
@@ -276,6 +294,7 @@ class Engine:
             for chunk in chunks:
                 with self._changed:
                     self._tokens["new"] += len(chunk.token_ids)
+                    self._pace.add(len(chunk.token_ids))
                 if chunk.finish_reason is not None:
                     return replace(chunk)
                 ticket.tell(chunk)

@@ -28,8 +28,8 @@ DEFAULT_BODY: Final = 4 * 2**20
 """Bytes of a request's body at most."""
 _BODY_SECONDS: Final = 30.0
 """How long a body may take to arrive."""
-_OPEN_PATHS: Final = frozenset({"/health"})
-"""What is answered without the key."""
+_OPEN_PATHS: Final = frozenset({"/", "/health"})
+"""What is answered without the key: whether the server is well, and the page, which asks its reader for it."""
 
 
 @dataclass(frozen=True, slots=True)
