@@ -10,6 +10,7 @@ from lyra_emergence.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lyra_emergence.distributed.rank_report import RankReport
     from lyra_emergence.ladder import RungName
 
 __all__ = ["TRUST_WARNING", "Attempt", "LoadEvent", "LoadReport", "Outcome"]
@@ -95,6 +96,7 @@ class LoadReport:
         map_seconds: Opening the checkpoint.
         bytes_mapped: Bytes of the checkpoint's weights.
         notes: The plan's warnings.
+        ranks: What each process holds, where several share the model; rank 0's own is what the rest tells of.
     """
 
     attempts: tuple[Attempt, ...]
@@ -103,6 +105,7 @@ class LoadReport:
     map_seconds: float
     bytes_mapped: int
     notes: tuple[str, ...]
+    ranks: tuple[RankReport, ...] = ()
 
     @property
     def rung(self) -> RungName:

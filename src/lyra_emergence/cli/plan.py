@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from lyra_emergence.cli.models import find_model
 from lyra_emergence.cli.options import say_notes
 from lyra_emergence.cli.plan_view import explain_block, render_plan, render_speed
 from lyra_emergence.cli.progress import working
+from lyra_emergence.distributed import find_launch, is_divided
 from lyra_emergence.errors import ConfigError
 from lyra_emergence.units import format_bytes
 
@@ -203,7 +205,13 @@ def make_plan_for(choice: ModelChoice) -> Plan:
     from lyra_emergence.machine import probe_machine
     from lyra_emergence.plan import make_plan
 
-    return make_plan(choice.config, read_index(choice), probe_machine())
+    index = read_index(choice)
+    launch = find_launch(os.environ)
+    if is_divided(choice.config, launch):
+        from lyra_emergence.distributed.rank_plan import own_plan
+
+        return own_plan(choice.config, index, launch)
+    return make_plan(choice.config, index, probe_machine())
 
 
 def read_index(choice: ModelChoice) -> CheckpointIndex:
