@@ -110,6 +110,10 @@ def run_plan(options: Options, request: PlanRequest, console: Console) -> int:
         scenarios = what_if(choice.config, index, machine, contexts, batch=request.batch)
         console.print(_what_if_text(choice.config.model_id, scenarios, console, as_json=options.json))
         return 0
+    if is_divided(choice.config, find_launch(os.environ)):
+        from lyra_emergence.cli.ranks import print_plans
+
+        return print_plans(choice.config, index, machine, request, console, as_json=options.json)
     from lyra_emergence.plan import make_plan
 
     plan = make_plan(choice.config, index, machine, batch=request.batch)
@@ -200,8 +204,8 @@ def _what_if_cell(scenario: Scenario) -> str:
     return f"{format_bytes(scenario.nbytes)} {where}"
 
 
-def make_plan_for(choice: ModelChoice) -> Plan:
-    """Plan the chosen model on this machine."""
+def make_plan_for(choice: ModelChoice, *, with_torch: bool | None = None) -> Plan:
+    """Plan the chosen model on this machine, or this process's share of it; `with_torch` is `probe_machine`'s."""
     from lyra_emergence.machine import probe_machine
     from lyra_emergence.plan import make_plan
 
@@ -211,7 +215,7 @@ def make_plan_for(choice: ModelChoice) -> Plan:
         from lyra_emergence.distributed.rank_plan import own_plan
 
         return own_plan(choice.config, index, launch)
-    return make_plan(choice.config, index, probe_machine())
+    return make_plan(choice.config, index, probe_machine(with_torch=with_torch))
 
 
 def read_index(choice: ModelChoice) -> CheckpointIndex:

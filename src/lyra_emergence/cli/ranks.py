@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import os
+from typing import TYPE_CHECKING
 
 from lyra_emergence.cli.console import Console
+from lyra_emergence.cli.plan_view import explain_block, render_plan
+from lyra_emergence.distributed.launch import find_launch
+from lyra_emergence.distributed.layout import Layout
 from lyra_emergence.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from lyra_emergence.checkpoint import CheckpointIndex
+    from lyra_emergence.cli.plan import PlanRequest
+    from lyra_emergence.config import ModelConfig
     from lyra_emergence.distributed.launch import Launch
     from lyra_emergence.distributed.rank_plan import RankPlan
-    from lyra_emergence.distributed.rank_report import RankReport
+    from lyra_emergence.machine import Machine
 
-__all__ = ["claim_last_word", "planned_lines", "report_lines", "run_rank"]
+__all__ = ["claim_last_word", "end_ranks", "planned_lines", "print_plans", "run_rank"]
 
 
 def run_rank(launch: Launch, program: Callable[[], int]) -> int:
@@ -51,24 +58,59 @@ def claim_last_word() -> None:
         leader.claim()
 
 
-def report_lines(ranks: Sequence[RankReport]) -> Iterator[str]:
-    """Yield what each rank holds beside what was planned, a line each."""
-    for one in ranks:
-        planned = "" if one.weights == one.planned_weights else f", planned {format_bytes(one.planned_weights)}"
-        held = f"{format_bytes(one.weights)} of weights{planned}"
-        room = f"KV cache {format_bytes(one.kv_cache)} of {format_bytes(one.planned_kv_cache)}"
-        yield f"rank {one.rank} on {one.host}, {one.device}: {held}, {room}, process {format_bytes(one.private)}"
+def end_ranks() -> None:
+    """End the other ranks, if there are any: this process ends at once."""
+    from lyra_emergence.distributed.leader import leading
+
+    leader = leading()
+    if leader is not None:
+        leader.end()
+
+
+def print_plans(
+    config: ModelConfig,
+    index: CheckpointIndex,
+    machine: Machine,
+    request: PlanRequest,
+    console: Console,
+    *,
+    as_json: bool,
+) -> int:
+    """Print the plan of rank 0 and the bytes of every rank, and return 0.
+
+    Raises:
+        ConfigError: The model cannot be divided as it is configured, or there is no block to explain.
+        DoesNotFitError: A share does not fit.
+    """
+    from lyra_emergence.distributed.layout import settle
+    from lyra_emergence.distributed.rank_plan import plan_ranks
+
+    launch = find_launch(os.environ)
+    if launch is not None:
+        settle(config, launch)
+    ranks = plan_ranks(config, index, machine, batch=request.batch)
+    first = ranks[0].plan
+    for note in first.notes:
+        console.warning(note)
+    if as_json:
+        more = {"distributed": config.distributed, "ranks": [one.to_json() for one in ranks]}
+        console.print(json.dumps(first.to_json() | more, indent=2))
+    elif request.explain is not None:
+        console.print(explain_block(first, request.explain))
+    else:
+        title = f"{config.model_id}, rank 0 of {len(ranks)} ({Layout.of(config)})"
+        console.print("\n".join((*render_plan(first, title, console), "", *planned_lines(ranks))))
+    return 0
 
 
 def planned_lines(ranks: Sequence[RankPlan]) -> Iterator[str]:
-    """Yield what was planned for each rank, a line each."""
-    rows = [("ranks", "device", "weights", "KV cache", "activations", "of")]
+    """Yield what was planned for each rank, as a table."""
+    rows: list[tuple[str, ...]] = [("rank", "device", "weights", "KV cache", "activations", "of")]
     for one in ranks:
         use = one.use
-        figures = (use.weights, use.kv_cache, use.activations, use.limit)
-        rows.append((f"{one.rank}", use.device, *map(format_bytes, figures)))
+        figures = map(format_bytes, (use.weights, use.kv_cache, use.activations, use.limit))
+        rows.append((str(one.rank), use.device, *figures))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        name, device, *figures = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        right = (cell.strip().rjust(width) for cell, width in zip(figures, widths[2:], strict=True))
-        yield f"{name}  {device}  {'  '.join(right)}".rstrip()
+    for rank, device, *amounts in rows:
+        cells = (amount.rjust(width) for amount, width in zip(amounts, widths[2:], strict=True))
+        yield "  ".join((rank.ljust(widths[0]), device.ljust(widths[1]), *cells))

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Self
 
-import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from lyra_emergence.errors import LyraError, is_out_of_memory
 
@@ -67,7 +67,7 @@ class Board:
 
     def __init__(self, launch: Launch) -> None:
         try:
-            self.store, _, _ = next(iter(dist.rendezvous("env://", timeout=_MEETING)))
+            self.store, _, _ = next(iter(rendezvous("env://", timeout=_MEETING)))
         except (RuntimeError, ValueError, OSError) as error:
             raise LyraError(
                 f"the processes that torchrun started cannot meet at {launch.address}: {_first_line(error)}",

@@ -104,21 +104,25 @@ def settle(config: ModelConfig, launch: Launch | None) -> Layout:
 
 def _written(processes: int) -> str:
     sizes = json.dumps({"tp_size": processes})
-    return f'"distributed": {sizes} in the configuration file, or set {_VARIABLE}=\'{sizes}\''
+    return f"\"distributed\": {sizes} in the configuration file, or set {_VARIABLE}='{sizes}'"
 
 
 def check_options(config: ModelConfig) -> None:
-    """Check that no option contradicts dividing the model.
+    """Check that no option contradicts dividing the model, and that transformers can divide one so.
 
     Raises:
         ConfigError: Some do; the message lists them.
     """
     problems = tuple(_contradictions(config))
     if problems:
-        raise ConfigError("a model that is divided between processes cannot have all that is configured:", problems=problems)
+        raise ConfigError("a model cannot be divided between processes as it is configured:", problems=problems)
 
 
 def _contradictions(config: ModelConfig) -> Iterator[str]:
+    layout = Layout.of(config)
+    if layout.tp_size > 1 and layout.pp_size > 1:
+        # transformers 5.23 looks for the parameters of layers that a stage does not have, and ends with a KeyError.
+        yield "in 'distributed': transformers divides by 'tp_size' or by 'pp_size', not by both; keep one"
     for key in ("load_in_8bit", "load_in_4bit"):
         if getattr(config, key):
             yield f"in '{key}': a divided model is not quantized; write false"
@@ -149,7 +153,7 @@ def check_shape(layout: Layout, shape: ModelShape, layers: int, *, shares_heads:
         )
     if layout.pp_size > layers:
         raise ConfigError(
-            f"in 'distributed.pp_size': {layout.pp_size} processes cannot each have some of the model's {layers} layers",
+            f"in 'distributed.pp_size': {layout.pp_size} processes are more than the model's {layers} layers",
             hint=f"write at most {layers}",
         )
 

@@ -1,7 +1,8 @@
 """Loading a model that is divided between the processes of one torchrun.
 
-Rank 0 leaves word of what to load; every rank plans its share on its own machine, opens the checkpoint, and transformers
-copies the share to the rank's device as it reads. There is no ladder: where a share does not fit, nothing runs.
+Rank 0 leaves word of what to load; every rank plans its share on its own machine and opens the checkpoint, and
+transformers copies the share to the rank's device as it reads. There is no ladder: where a share does not fit, nothing
+runs.
 """
 
 from __future__ import annotations
@@ -65,13 +66,16 @@ def load_divided(
     plan = plan or own_plan(config, index, leader.launch)
     asked = config.model_copy(update={"context_length": plan.context_length})
     tokenizer = load_tokenizer(directory, config, load_architecture(directory, config))
-    leader.board.ask({"config": asked.model_dump(), "directory": str(directory.resolve()), "identity": _identity(index)})
+    # Not resolved: a link may lead elsewhere on every machine.
+    request = {"directory": str(directory.absolute()), "identity": _identity(index)}
+    leader.board.ask(request | {"config": asked.model_dump()})
     share = _Share(asked, index, plan, leader.launch, layout)
     channel = share.join(leader.board)
     runner = share.load()
-    own = share.reporter(runner)
-    model = RankedModel(runner, channel, leader.lose)
-    ranks = tuple(model.measure(own))
+    model = RankedModel(runner, channel, share.reporter(runner), leader.lose)
+    ranks = tuple(model.measure())
+    for one in ranks:
+        tell(LoadEvent("rank", str(one)))
     residency = share.residency(model)
     seconds = time.perf_counter() - started
     attempt = Attempt(plan.rung.name, "loaded", bytes_copied=ranks[0].weights, seconds=seconds)
@@ -113,7 +117,8 @@ def _folder(path: str, model_id: str, launch: Launch) -> Path:
         found = None
     if found is None:
         raise CheckpointError(
-            f"rank {launch.rank}: {path} is not on this machine", hint="copy the model to the same path on every machine"
+            f"rank {launch.rank}: {path} is not on this machine",
+            hint="copy the model to the same path on every machine",
         )
     return found
 
@@ -128,9 +133,7 @@ def _identity(index: CheckpointIndex) -> str:
 class _Share:
     """One rank's share of a model, on its way to its device."""
 
-    def __init__(
-        self, config: ModelConfig, index: CheckpointIndex, plan: Plan, launch: Launch, layout: Layout
-    ) -> None:
+    def __init__(self, config: ModelConfig, index: CheckpointIndex, plan: Plan, launch: Launch, layout: Layout) -> None:
         self._config = config
         self._index = index
         self._plan = plan
@@ -152,7 +155,7 @@ class _Share:
             torch.accelerator.set_device_index(self._launch.local_rank)
             backend = {"backend": dist.get_default_backend_for_device(kind), "device_id": torch.device(self._device)}
         dist.init_process_group(
-            store=dist.PrefixStore("lyra", board.another()),
+            store=board.another(),
             rank=self._launch.rank,
             world_size=self._launch.world_size,
             timeout=_LONGEST_PASS,

@@ -22,6 +22,8 @@ from lyra_emergence.runtime.stepping import caches_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
+    from lyra_emergence.distributed.rank_report import RankReport
+
 __all__ = ["Follower", "RankedModel", "Runner"]
 
 
@@ -58,14 +60,23 @@ class RankedModel:
     Args:
         runner: Runs this rank's share.
         channel: Tells the other ranks.
+        own: Returns what this rank tells of itself, called with the bytes of keys and values that it holds.
         fatal: Called with what a pass raised: the ranks do not stand at the same place any more, so it must not return.
     """
 
-    def __init__(self, runner: Runner, channel: Channel, fatal: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        channel: Channel,
+        own: Callable[[int], RankReport],
+        fatal: Callable[[BaseException], None],
+    ) -> None:
         self._runner = runner
         self._channel = channel
+        self._own = own
         self._fatal = fatal
         self._numbers: dict[int, int] = {}  # by the id of a cache that lives
+        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
         self._next = 1
         self._dropped: list[int] = []
 
@@ -97,14 +108,12 @@ class RankedModel:
         self._remember(caches_of(output), number)
         return output
 
-    def measure(self, own: Callable[[int], Any]) -> list[Any]:
-        """Return what `own` returns on every rank, called with the bytes of keys and values that it holds.
-
-        On the other ranks it is their `Follower`'s.
-        """
+    def measure(self) -> list[RankReport]:
+        """Return what every rank holds, in their order."""
+        held = sum(held_bytes({"": cache}, self._runner.device) for cache in self._alive)
         try:
             self._channel.send(Message(MEASURE))
-            return self._channel.gather(own(0))
+            return self._channel.gather(self._own(held))
         except BaseException as error:
             self._fatal(error)
             raise
@@ -122,6 +131,7 @@ class RankedModel:
         if cache is None or id(cache) in self._numbers:
             return
         self._numbers[id(cache)] = number
+        self._alive.add(cache)
         weakref.finalize(cache, partial(self._forget, id(cache)))
 
     def _forget(self, key: int) -> None:
@@ -137,7 +147,7 @@ class Follower:
         own: Returns what this rank tells of itself, called with the bytes of keys and values that it holds.
     """
 
-    def __init__(self, runner: Runner, channel: Channel, own: Callable[[int], Any]) -> None:
+    def __init__(self, runner: Runner, channel: Channel, own: Callable[[int], RankReport]) -> None:
         self._runner = runner
         self._channel = channel
         self._own = own

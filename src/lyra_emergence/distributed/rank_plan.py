@@ -71,7 +71,9 @@ def device_of(machine: Machine, local_rank: int) -> str:
     return machine.accelerators[local_rank].name
 
 
-def plan_ranks(config: ModelConfig, index: CheckpointIndex, machine: Machine, *, batch: int = 1) -> tuple[RankPlan, ...]:
+def plan_ranks(
+    config: ModelConfig, index: CheckpointIndex, machine: Machine, *, batch: int = 1
+) -> tuple[RankPlan, ...]:
     """Plan every process's share, whatever this process is: nothing need be running.
 
     Args:

@@ -6,6 +6,8 @@ import socket
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from lyra_emergence.units import format_bytes
+
 if TYPE_CHECKING:
     from lyra_emergence.plan import Plan
 
@@ -63,6 +65,17 @@ class RankReport:
             private=private_bytes(),
             allocated=0 if device == "cpu" else allocated_bytes(device),
         )
+
+    def __str__(self) -> str:
+        planned = (
+            "as planned" if self.weights == self.planned_weights else f"{format_bytes(self.planned_weights)} planned"
+        )
+        room = f"KV cache {format_bytes(self.kv_cache)} of {format_bytes(self.planned_kv_cache)}"
+        process = f"the process has {format_bytes(self.private)} of main memory"
+        if self.allocated:
+            process += f" and {format_bytes(self.allocated)} of {self.device}"
+        where = f"rank {self.rank} on {self.host}, {self.device}"
+        return f"{where}: {format_bytes(self.weights)} of weights, {planned}; {room}; {process}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as plain data."""

@@ -87,7 +87,9 @@ class Division:
         """
         seat, size = self.layout.seat(rank), self.layout.tp_size
         cut = size if self.shares_heads and not self.shape.latent else 1
-        blocks = tuple(self._block(block, whole, seat, cut) for block in whole.blocks if self._holds(block, whole, seat))
+        blocks = tuple(
+            self._block(block, whole, seat, cut) for block in whole.blocks if self._holds(block, whole, seat)
+        )
         activations = whole.activations
         if known and size > 1:
             activations = estimate_activations(self._narrowed(), whole.context_length, whole.batch, PREFILL_CHUNK)
@@ -120,8 +122,8 @@ class Division:
 
     def _bytes(self, name: str, part: int) -> int:
         """Return the bytes that one process has of a parameter: as even as possible, rounded up, the last ones less."""
-        sizes, itemsize = self.parameters[name]
-        sizes = list(sizes)
+        shape, itemsize = self.parameters[name]
+        sizes = list(shape)
         axis = _axis(self._style(name), len(sizes))
         if axis is not None and self.layout.tp_size > 1:
             each = -(-sizes[axis] // self.layout.tp_size)
@@ -208,5 +210,3 @@ def _has_stages(model: Any) -> bool:
     base = getattr(model, model.base_model_prefix, None)
     named = all(hasattr(base, name) for name in ("embed_tokens", "layers", "norm")) and hasattr(model, "lm_head")
     return bool(getattr(model, "_pp_plan", None)) and named and feeding_of(model, PREFILL_CHUNK).chunk is not None
-
-
