@@ -45,6 +45,7 @@ def _write(data: dict[str, Any]) -> None:
 
 
 def _ran(loaded: Any) -> dict[str, Any]:
+    from lyra_emergence.cli.prepare import LocalModel
     from lyra_emergence.generation import GenerationOptions, PromptCache, stream_generate
     from lyra_emergence.runtime import stepper
 
@@ -56,15 +57,16 @@ def _ran(loaded: Any) -> dict[str, Any]:
         return [token for chunk in stream_generate(loaded, prompt, options, **more) for token in chunk.token_ids]
 
     found: dict[str, Any] = {
+        "ready": [one.to_json() for one in loaded.report.ranks],
         "greedy": greedy(loaded),
         "drawn": [tokens(PROMPT, drawn) for _ in range(2)],
-        "ranks": [one.to_json() for one in loaded.report.ranks],
     }
     # An answer that is stopped, and a prompt that begins as the one before: its cache is cut back on all ranks.
     kept = PromptCache()
     stream = stream_generate(loaded, PROMPT, GenerationOptions(max_new_tokens=12), kept=kept)
     for _ in range(5):
         next(stream)
+    found["under way"] = LocalModel(loaded, "it").as_data()["ranks"]
     stream.close()
     found["again"] = tokens(PROMPT, GenerationOptions(max_new_tokens=12), kept=kept)
     # Two answers in turn, each with a cache of its own.

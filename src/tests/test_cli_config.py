@@ -113,6 +113,7 @@ context_length               default       null
 cpu_kernels                  default       true
 prompt_streaming             default       true
 packed_cache                 default       20GB
+distributed                  default       null
 embedding_model              default       null
 rerank_model                 default       null
 trust_remote_code            default       false

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lyra_emergence.cli.console import Console
 from lyra_emergence.cli.plan_view import explain_block, render_plan
+from lyra_emergence.cli.status import INTERRUPTED
 from lyra_emergence.distributed.launch import find_launch
 from lyra_emergence.distributed.layout import Layout
 from lyra_emergence.units import format_bytes
@@ -44,9 +45,11 @@ def run_rank(launch: Launch, program: Callable[[], int]) -> int:
     hold_signal()
     leader = Leader(launch, lambda message, hint: Console().error(message, hint))
     try:
-        return program()
+        code = program()
     finally:
         leader.end()
+    # torchrun would answer any other status with a traceback of its own, and a person has left on purpose.
+    return 0 if code == INTERRUPTED else code
 
 
 def claim_last_word() -> None:
@@ -90,6 +93,8 @@ def print_plans(
         settle(config, launch)
     ranks = plan_ranks(config, index, machine, batch=request.batch)
     first = ranks[0].plan
+    if launch is None:
+        console.note(_assumed(len(ranks), len(machine.accelerators)))
     for note in first.notes:
         console.warning(note)
     if as_json:
@@ -101,6 +106,13 @@ def print_plans(
         title = f"{config.model_id}, rank 0 of {len(ranks)} ({Layout.of(config)})"
         console.print("\n".join((*render_plan(first, title, console), "", *planned_lines(ranks))))
     return 0
+
+
+def _assumed(ranks: int, accelerators: int) -> str:
+    """Return what is taken for granted of machines that this process does not see."""
+    if not accelerators:
+        return f"main memory is divided as if all {ranks} ranks ran on this machine"
+    return "each rank is planned as if it had one of this machine's GPUs"
 
 
 def planned_lines(ranks: Sequence[RankPlan]) -> Iterator[str]:

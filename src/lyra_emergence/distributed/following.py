@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
@@ -34,15 +35,19 @@ def follow(launch: Launch) -> int:
         board = Board(launch)
     except LyraError:
         return _LOST  # rank 0 cannot reach it either, and says so
-    threading.Thread(target=_end_with_rank_0, args=(board,), daemon=True, name="lyra-end").start()
+    status = _Status()
+    threading.Thread(target=_end_with_rank_0, args=(board, status), daemon=True, name="lyra-end").start()
+    from lyra_emergence.distributed.loading import follow_request
+
     try:
-        _work(launch, board)
+        follow_request(launch, board)
     except BaseException as error:  # noqa: BLE001 - whatever it is, rank 0 tells it
         if is_lost_connection(error):
             # The end of another: rank 0 finds out which, as long as this one is still there.
             board.wait_for_end(board.another(), _PATIENCE)
             return _LOST
         failure = Failure.of(error, launch)
+        status.code = failure.exit_code
         with contextlib.suppress(RuntimeError):
             board.fail(failure)
             board.wait_until_told(_PATIENCE)
@@ -50,19 +55,20 @@ def follow(launch: Launch) -> int:
     return 0
 
 
-def _work(launch: Launch, board: Board) -> None:
-    from lyra_emergence.distributed.loading import follow_request
+@dataclass(slots=True)
+class _Status:
+    """What this rank ends with, should rank 0 end now."""
 
-    follow_request(launch, board)
+    code: int = 0
 
 
-def _end_with_rank_0(board: Board) -> None:
+def _end_with_rank_0(board: Board, status: _Status) -> None:
     try:
         ended = board.wait_for_end(board.another())
     except RuntimeError:
         ended = False
     if ended:
-        os._exit(0)
+        os._exit(status.code)
 
 
 def _be_silent() -> None:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Leader", "hold_signal", "is_lost_connection", "leading"]
 
-INTERRUPTED: Final = 130
+_LEFT: Final = 0
+"""What a person who leaves in the middle of a pass ends with: torchrun answers anything else with a traceback."""
 _PATIENCE: Final = 3.0
 """Seconds in which a rank that fails says so; one that does not was killed."""
 _PAUSE: Final = 0.05
@@ -82,7 +83,7 @@ class Leader:
         One that merely shows that another rank is gone gives way to what that one said, if it said anything.
         """
         if isinstance(error, KeyboardInterrupt):
-            self._leave(INTERRUPTED)
+            self._leave(_LEFT)
         if is_lost_connection(error):
             self._tell_of_loss()
         self.claim()
