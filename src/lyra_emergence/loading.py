@@ -6,7 +6,6 @@ transformers' own `from_pretrained` on the CPU in their stored dtype, which cost
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lyra_emergence.checkpoint import read_checkpoint
 from lyra_emergence.checkpoint.json_files import DAMAGED
 from lyra_emergence.checkpoint.unchanged import check_blocks, check_files
-from lyra_emergence.distributed import find_launch, is_divided
+from lyra_emergence.distributed import is_divided
 from lyra_emergence.errors import CheckpointError, DoesNotFitError, is_out_of_memory, without_frames
 from lyra_emergence.footprint import TORCH_DTYPES
 from lyra_emergence.guests import DEFAULT_LEAST_TOKENS, least_tokens
@@ -117,7 +116,7 @@ def load(
         MissingExtraError: Quantization is asked for and bitsandbytes is not installed.
     """
     tell = on_event or (lambda _: None)
-    if is_divided(config, find_launch(os.environ)):
+    if is_divided(config, None):
         from lyra_emergence.distributed.loading import load_divided
 
         return load_divided(config, Path(directory) if directory is not None else locate(config.model_id), plan, tell)

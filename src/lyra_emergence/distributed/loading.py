@@ -8,6 +8,7 @@ runs.
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from lyra_emergence.checkpoint import read_checkpoint
 from lyra_emergence.checkpoint.unchanged import check_files
 from lyra_emergence.config import ModelConfig
+from lyra_emergence.distributed.launch import find_launch
 from lyra_emergence.distributed.layout import Layout, settle
 from lyra_emergence.distributed.leader import leading
 from lyra_emergence.distributed.rank_plan import own_plan, plan_here
@@ -59,9 +61,9 @@ def load_divided(
 
     started = time.perf_counter()
     leader = leading()
-    layout = settle(config, leader.launch if leader is not None else None)
-    if leader is None:  # settle has refused where torchrun is not there at all
-        raise ConfigError("only the program loads a divided model", hint="run lyra.py by torchrun")
+    layout = settle(config, leader.launch if leader is not None else find_launch(os.environ))
+    if leader is None:  # there is a torchrun, or it would have been refused above
+        raise ConfigError("in 'distributed': only the program divides a model", hint="let torchrun run lyra.py")
     index = read_checkpoint(directory)
     plan = plan or own_plan(config, index, leader.launch)
     asked = config.model_copy(update={"context_length": plan.context_length})
