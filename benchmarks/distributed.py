@@ -3,7 +3,8 @@
     uv run python -m benchmarks.distributed
 
 Each round starts `lyra.py bench` once in every way, one after the other, so that a slow minute of the machine falls on
-all of them. Every process computes with one thread. Ranks on one machine share its memory and its cores: this shows what
+all of them. Every process computes with one thread. Ranks on one machine share its memory and its cores: this shows
+what dividing costs there, not what it brings.
 """
 
 from __future__ import annotations
