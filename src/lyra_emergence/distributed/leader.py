@@ -105,11 +105,12 @@ class Leader:
         """Tell which rank is gone, unless one says itself what went wrong."""
         ended: list[int] = []
         until = time.monotonic() + _PATIENCE
-        while not ended and time.monotonic() < until:
-            if self.board.has_failed():
-                self._wait_to_be_ended()
-            ended = self.board.lost(range(1, self.launch.world_size))
-            time.sleep(_PAUSE)
+        with contextlib.suppress(RuntimeError):  # the store may be gone as well
+            while not ended and time.monotonic() < until:
+                if self.board.has_failed():
+                    self._wait_to_be_ended()
+                ended = self.board.lost(range(1, self.launch.world_size))
+                time.sleep(_PAUSE)
         self.claim()
         self._finish(_loss(ended))
 
