@@ -158,7 +158,8 @@ def test_a_rank_that_is_killed_in_the_middle_of_an_answer(tmp_path: Path, checkp
     finally:
         ranks.kill()
     assert ranks.returncode == 1
-    assert ours(err).splitlines()[-2] == KILLED
+    # torchrun may notice first, and have its say before ours.
+    assert err.splitlines().count(KILLED) == 1
     assert err.count("error: ") == 1
 
 
