@@ -9,11 +9,12 @@ import platformdirs
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 1000},
+    "200m": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "vocab_size": 32000},
     "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
     "tiny-phi2": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 1000},
     "2.7b": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "vocab_size": 51200},
 }
-HEADS = {"tiny": (4, 2), "1.1b": (32, 4), "tiny-phi2": (4, 4), "2.7b": (32, 32)}
+HEADS = {"tiny": (4, 2), "200m": (16, 4), "1.1b": (32, 4), "tiny-phi2": (4, 4), "2.7b": (32, 32)}
 PHI2 = ("tiny-phi2", "2.7b")
 """Shapes that are phi-2's; the others are Llama's."""
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lyra_emergence.config import ModelConfig
+    from lyra_emergence.distributed.rank_report import RankReport
     from lyra_emergence.load_report import LoadEvent
     from lyra_emergence.loading import LoadedModel
     from lyra_emergence.plan import Plan
@@ -55,6 +56,7 @@ class Bench:
         decode_tokens_per_second: Tokens after the first.
         device_bytes: The most that tensors took on each accelerator that keeps count of it.
         private_bytes: Private main memory of the process at its end.
+        ranks: What each process held once it was loaded, where several share the model.
     """
 
     plan: Plan
@@ -69,6 +71,7 @@ class Bench:
     decode_tokens_per_second: Spread
     device_bytes: Mapping[str, int]
     private_bytes: int
+    ranks: tuple[RankReport, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as plain data; `format` names the version of this form."""
@@ -135,6 +138,7 @@ def bench(
             decode_tokens_per_second=Spread.of([(new_tokens - 1) / decode for _, decode in found]),
             device_bytes={device: peak for device, peak in peaks.items() if peak is not None},
             private_bytes=private_bytes(),
+            ranks=loaded.report.ranks,
         )
     finally:
         loaded.close()

@@ -10,6 +10,7 @@ from lyra_emergence.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lyra_emergence.distributed.rank_report import RankReport
     from lyra_emergence.ladder import RungName
 
 __all__ = ["TRUST_WARNING", "Attempt", "LoadEvent", "LoadReport", "Outcome"]
@@ -31,7 +32,8 @@ class LoadEvent:
             "compile" (kernels are made for this CPU, once), "pack" (packed weights come from the cache, or are kept
             there), "stream" (blocks are read as they run), "rung-failed" (memory ran out), "rung-passed" (a rung
             cannot fit), "demote" (copies were dropped), "recover" (memory ran out in use, and work goes on), "retry"
-            (memory ran out before a rung, and loading begins anew), "note" (a warning of the plan) or "ready".
+            (memory ran out before a rung, and loading begins anew), "rank" (what one process of several holds), "note"
+            (a warning of the plan) or "ready".
         message: The step in a sentence, for a person.
         done: Bytes promoted, or of the file downloaded, so far.
         total: Bytes that the present rung promotes, or that the file has.
@@ -49,6 +51,7 @@ class LoadEvent:
         "demote",
         "recover",
         "retry",
+        "rank",
         "note",
         "ready",
     ]
@@ -95,6 +98,7 @@ class LoadReport:
         map_seconds: Opening the checkpoint.
         bytes_mapped: Bytes of the checkpoint's weights.
         notes: The plan's warnings.
+        ranks: What each process holds, where several share the model; rank 0's own is what the rest tells of.
     """
 
     attempts: tuple[Attempt, ...]
@@ -103,6 +107,7 @@ class LoadReport:
     map_seconds: float
     bytes_mapped: int
     notes: tuple[str, ...]
+    ranks: tuple[RankReport, ...] = ()
 
     @property
     def rung(self) -> RungName:

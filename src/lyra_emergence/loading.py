@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lyra_emergence.checkpoint import read_checkpoint
 from lyra_emergence.checkpoint.json_files import DAMAGED
 from lyra_emergence.checkpoint.unchanged import check_blocks, check_files
+from lyra_emergence.distributed import is_divided
 from lyra_emergence.errors import CheckpointError, DoesNotFitError, is_out_of_memory, without_frames
 from lyra_emergence.footprint import TORCH_DTYPES
 from lyra_emergence.guests import DEFAULT_LEAST_TOKENS, least_tokens
@@ -104,7 +105,7 @@ def load(
     plan: Plan | None = None,
     on_event: Callable[[LoadEvent], None] | None = None,
 ) -> LoadedModel:
-    """Load a checkpoint onto the devices of its plan.
+    """Load a checkpoint onto the devices of its plan, or this process's share of it where torchrun runs several.
 
     Args:
         config: Placement, dtype and quantization.
@@ -120,6 +121,10 @@ def load(
         MissingExtraError: Quantization is asked for and bitsandbytes is not installed.
     """
     tell = on_event or (lambda _: None)
+    if is_divided(config, None):
+        from lyra_emergence.distributed.loading import load_divided
+
+        return load_divided(config, Path(directory) if directory is not None else locate(config.model_id), plan, tell)
     from lyra_emergence.runtime.compute_threads import settle_for_fewer_threads
     from lyra_emergence.runtime.kernel_caches import keep_few_kernels
     from lyra_emergence.runtime.memory import free_bytes, give_back, return_freed_memory
@@ -165,10 +170,10 @@ def _load(
         require_bitsandbytes(plan.footprint.quantization)
     if config.trust_remote_code:
         tell(LoadEvent("note", TRUST_WARNING))
-    architecture = _load_architecture(folder, config)
-    tokenizer = _load_tokenizer(folder, config, architecture)
+    architecture = load_architecture(folder, config)
+    tokenizer = load_tokenizer(folder, config, architecture)
     packed = _open_packed(index, plan, config, tell)
-    model = _map_model(index, config, architecture)
+    model = open_model(index, config, architecture)
     map_seconds = time.perf_counter() - started
     check_files(index)
     tell(LoadEvent("map", f"{plan.model} is open, {len(index.tensors)} tensors mapped"))
@@ -186,20 +191,12 @@ def _load(
         notes=plan.notes,
     )
     tell(LoadEvent("ready", f"ready on rung '{report.rung}' in {report.seconds:.1f} s"))
-    compiled = _compiled(model, residency, plan, tell) if config.compile_decode else None
+    compiled = None
+    if config.compile_decode:
+        from lyra_emergence.runtime.compiled_decode import compiled_decode
+
+        compiled = compiled_decode(model, residency, tell, quantized=plan.footprint.quantization is not None)
     return LoadedModel(model, tokenizer, config, plan, report, blocks, residency, tell, compiled)
-
-
-def _compiled(model: Any, residency: Residency, plan: Plan, tell: Callable[[LoadEvent], None]) -> CompiledDecode | None:
-    from lyra_emergence.runtime.compiled_decode import CompiledDecode, why_not_compiled
-
-    reason = why_not_compiled(model, quantized=plan.footprint.quantization is not None)
-    if reason is None and residency.alone_on is None:
-        reason = "the model does not lie wholly on one accelerator"
-    if reason is None:
-        return CompiledDecode(model, residency, tell)
-    tell(LoadEvent("note", f"'compile_decode' has no effect: {reason}"))
-    return None
 
 
 def _first_line(error: BaseException) -> str:
@@ -295,7 +292,7 @@ def _form(plan: Plan, model: Any, config: ModelConfig) -> LoadedForm:
     return LoadedForm(blocks_dtype(plan), model.dtype, plan.footprint.quantization, config.cpu_kernels)
 
 
-def _load_architecture(directory: Path, config: ModelConfig) -> Any:
+def load_architecture(directory: Path, config: ModelConfig) -> Any:
     """Return transformers' configuration of the model, which both its tokenizer and its class are chosen by.
 
     Raises:
@@ -312,8 +309,18 @@ def _load_architecture(directory: Path, config: ModelConfig) -> Any:
         ) from error
 
 
-def _map_model(index: CheckpointIndex, config: ModelConfig, architecture: Any) -> Any:
-    """Open the checkpoint on the CPU in its stored dtype: a map, not a copy."""
+def open_model(index: CheckpointIndex, config: ModelConfig, architecture: Any, **more: Any) -> Any:
+    """Open the checkpoint on the CPU in its stored dtype: a map, not a copy.
+
+    Args:
+        index: The checkpoint.
+        config: The configuration.
+        architecture: What `load_architecture` returned.
+        more: Other arguments of transformers' `from_pretrained`, and another dtype, for who wants copies.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or lacks weights.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -321,18 +328,19 @@ def _map_model(index: CheckpointIndex, config: ModelConfig, architecture: Any) -
     from lyra_emergence.runtime.library_settings import settings_for_loading
 
     stored = {header: name for name, header in TORCH_DTYPES.items()}.get(index.dtype)
+    more.setdefault("dtype", getattr(torch, stored) if stored else "auto")
     check_files(index)
     with settings_for_loading():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 index.directory,
                 config=architecture,
-                dtype=getattr(torch, stored) if stored else "auto",
                 local_files_only=True,
                 # Without it, weights that vanish since their header was read are looked for in pickled files.
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
+                **more,
             )
         except (RuntimeError, MemoryError, ValueError, OSError, SafetensorError) as error:
             if is_out_of_memory(error) or (isinstance(error, RuntimeError) and _MISMATCH not in str(error)):
@@ -354,7 +362,12 @@ def _check_complete(index: CheckpointIndex, info: dict[str, Any]) -> None:
         )
 
 
-def _load_tokenizer(directory: Path, config: ModelConfig, architecture: Any) -> Any:
+def load_tokenizer(directory: Path, config: ModelConfig, architecture: Any) -> Any:
+    """Return the tokenizer of the checkpoint in `directory`.
+
+    Raises:
+        CheckpointError: It cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     from lyra_emergence.runtime.library_settings import settings_for_loading

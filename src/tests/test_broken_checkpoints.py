@@ -105,7 +105,7 @@ def grow(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [cut_off, grow, Path.unlink])
-@pytest.mark.parametrize("step", ["_load_tokenizer", "_map_model"])
+@pytest.mark.parametrize("step", ["load_tokenizer", "open_model"])
 def test_a_file_that_changes_while_it_is_loaded(
     step: str,
     change: Callable[[Path], None],

@@ -115,6 +115,7 @@ prompt_streaming             default       true
 prefill_chunk                default       null
 compile_decode               default       false
 packed_cache                 default       20GB
+distributed                  default       null
 embedding_model              default       null
 rerank_model                 default       null
 trust_remote_code            default       false

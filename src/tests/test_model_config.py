@@ -48,6 +48,7 @@ FIELDS = (
     "prefill_chunk",
     "compile_decode",
     "packed_cache",
+    "distributed",
     "embedding_model",
     "rerank_model",
     "trust_remote_code",
@@ -99,6 +100,7 @@ def test_the_keys_and_their_defaults() -> None:
         "prefill_chunk": None,
         "compile_decode": False,
         "packed_cache": "20GB",
+        "distributed": None,
         "embedding_model": None,
         "rerank_model": None,
         "trust_remote_code": False,
@@ -618,6 +620,54 @@ def test_one_error_lists_the_problems_of_every_source() -> None:
     assert caught.value.hint == "'lyra.py config schema' describes every key"
 
 
+# distributed
+
+
+@pytest.mark.parametrize("sizes", [None, {}, {"tp_size": 2}, {"pp_size": 4}, {"tp_size": 1, "pp_size": 4096}])
+def test_processes_that_share_a_model(sizes: dict[str, int] | None) -> None:
+    assert ModelConfig(distributed=sizes).distributed == sizes
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (2, "in 'distributed': 2 is a number; write an object such as {\"tp_size\": 2}, or null"),
+        (
+            {"tp_size": "2"},
+            "in 'distributed.tp_size': '2' is text; write a whole number of processes from 1 to 4096",
+        ),
+        (
+            {"tp_size": True},
+            "in 'distributed.tp_size': true is a boolean; write a whole number of processes from 1 to 4096",
+        ),
+        (
+            {"pp_size": 2.0},
+            "in 'distributed.pp_size': 2.0 has a decimal point; write a whole number of processes from 1 to 4096",
+        ),
+        ({"tp_size": 0}, "in 'distributed.tp_size': 0 is too small; write a whole number of processes from 1 to 4096"),
+        (
+            {"tp_size": 5000},
+            "in 'distributed.tp_size': 5000 is too large; write a whole number of processes from 1 to 4096",
+        ),
+        ({"tp_sise": 2}, "in 'distributed': unknown key 'tp_sise'; did you mean 'tp_size'?"),
+        ({"nodes": 2}, "in 'distributed': unknown key 'nodes'; the keys are tp_size, pp_size"),
+        (
+            {"fsdp_size": 2},
+            (
+                "in 'distributed': unknown key 'fsdp_size'; it divides a batch, and Lyra runs one sequence; "
+                "write 'tp_size' or 'pp_size'"
+            ),
+        ),
+        (
+            {"tp_plan": "auto"},
+            "in 'distributed': unknown key 'tp_plan'; the plan is the architecture's own; remove it",
+        ),
+    ],
+)
+def test_processes_that_cannot_be_are_named(value: Any, problem: str) -> None:
+    assert problems_of(distributed=value) == (problem,)
+
+
 # The environment
 
 
@@ -644,6 +694,8 @@ def test_one_error_lists_the_problems_of_every_source() -> None:
         ("LYRA_PREFILL_CHUNK", "4096", "prefill_chunk", 4096),
         ("LYRA_COMPILE_DECODE", "yes", "compile_decode", True),
         ("LYRA_PACKED_CACHE", "5GiB", "packed_cache", "5GiB"),
+        ("LYRA_DISTRIBUTED", '{"tp_size": 2}', "distributed", {"tp_size": 2}),
+        ("LYRA_DISTRIBUTED", "null", "distributed", None),
         ("LYRA_EMBEDDING_MODEL", "BAAI/bge-small-en-v1.5", "embedding_model", "BAAI/bge-small-en-v1.5"),
         ("LYRA_TRUST_REMOTE_CODE", "on", "trust_remote_code", True),
     ],

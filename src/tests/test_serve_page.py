@@ -256,9 +256,13 @@ def test_who_waits_is_told_how_many_are_ahead(http: httpx.Client, engine: Engine
             refused = http.post("/lyra/chat", json=body)
             assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
             assert int(refused.headers["Retry-After"]) >= 1
+            while engine.figures().waiting == 2:  # the first ends, and the second gets no further than its beginning
+                lock.hold(1)
+                threading.Event().wait(0.01)
+            lock.hold()
+            assert next(last) == ("queued", {"ahead": 0})
             lock.let_go()
             told = list(last)
-            assert ("queued", {"ahead": 0}) in told
             assert [list(running)[-1][1]["text"], list(waiting)[-1][1]["text"]] == [told[-1][1]["text"]] * 2
 
 

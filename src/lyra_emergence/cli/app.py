@@ -17,6 +17,7 @@ from lyra_emergence.cli.journal import journal_app
 from lyra_emergence.cli.options import Options
 from lyra_emergence.cli.program import DEFAULT_COMMAND, Command, Program, forget_stdout
 from lyra_emergence.cli.status import FAILED, INTERRUPTED, USAGE
+from lyra_emergence.distributed.launch import find_launch
 from lyra_emergence.errors import LyraError
 
 if TYPE_CHECKING:
@@ -32,6 +33,18 @@ _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the program on `argv` (this process's arguments where None) and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    launch = find_launch(os.environ)
+    if launch is None:
+        return _run(arguments)
+    from lyra_emergence.cli.ranks import run_rank
+
+    try:
+        return run_rank(launch, lambda: _run(arguments))
+    except LyraError as error:  # the ranks cannot meet
+        return _report(error, Console())
+
+
+def _run(arguments: list[str]) -> int:
     _tolerate_any_encoding()
     try:
         return _exit_code(_invoke(arguments))
@@ -48,6 +61,10 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 def _report(error: Exception, console: Console) -> int:
     """Print an error and return its exit status."""
+    if find_launch(os.environ) is not None:
+        from lyra_emergence.cli.ranks import claim_last_word
+
+        claim_last_word()
     if isinstance(error, LyraError):
         console.error(str(error), error.hint)
         return error.exit_code

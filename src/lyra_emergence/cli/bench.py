@@ -38,10 +38,8 @@ def run_bench(options: Options, prompt_tokens: int, new_tokens: int, rounds: int
         ModelUnavailableError: The weights are not on this machine.
     """
     from lyra_emergence.bench import bench, decode_limit
-    from lyra_emergence.checkpoint import read_checkpoint
-    from lyra_emergence.cli.plan import measure_machine, speed_of
+    from lyra_emergence.cli.plan import make_plan_for, measure_machine, speed_of
     from lyra_emergence.machine import probe_machine
-    from lyra_emergence.plan import make_plan
     from lyra_emergence.speed import cached_rates
 
     resolved = options.resolve()
@@ -56,7 +54,7 @@ def run_bench(options: Options, prompt_tokens: int, new_tokens: int, rounds: int
         console.note(note)
     measure_machine(console)
     rates = cached_rates(probe_machine(with_torch=False))
-    plan = make_plan(choice.config, read_checkpoint(choice.directory), probe_machine(with_torch=True))
+    plan = make_plan_for(choice, with_torch=True)
     for note in plan.notes:
         console.warning(note)
     speed = speed_of(plan, probe_machine(with_torch=False))

@@ -18,6 +18,7 @@ from lyra_emergence.cli.settings import Settings
 from lyra_emergence.cli.start import settle
 from lyra_emergence.cli.status import INTERRUPTED
 from lyra_emergence.cli.terminal import silent_keys
+from lyra_emergence.distributed.launch import find_launch
 from lyra_emergence.errors import ConfigError, LyraError, is_out_of_memory
 from lyra_emergence.journal.text import shorten
 
@@ -91,6 +92,10 @@ def _leave_at_once(code: int) -> None:
     """End the process though a thread still loads: it is in the middle of C++ code that cannot be asked to stop."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if find_launch(os.environ) is not None:
+        from lyra_emergence.cli.ranks import end_ranks
+
+        end_ranks()
     os._exit(code)
 
 
@@ -211,7 +216,7 @@ class Chat:
     def show(self, begin: Callable[[], Generator[ChatChunk, None, None]]) -> None:
         """Print the answer that `begin` begins."""
         try:
-            with silent_keys(self.console.stdin):
+            with silent_keys(self.console.stdin, read=find_launch(os.environ) is not None):
                 session = self.session
                 print_answer(session, begin(), self.console, self._view)
         finally:

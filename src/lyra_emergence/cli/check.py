@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from lyra_emergence.cli.models import find_model
 from lyra_emergence.cli.options import say_notes
 from lyra_emergence.cli.plan_view import band_text
 from lyra_emergence.cli.progress import LoadProgress
+from lyra_emergence.distributed import find_launch, is_divided
 from lyra_emergence.errors import ConfigError, ModelUnavailableError
 from lyra_emergence.units import format_bytes
 
@@ -50,6 +52,11 @@ def run_check(options: Options, request: PlanRequest, console: Console) -> int:
         raise ModelUnavailableError(
             f"{choice.config.model_id} is not on this machine, and a check needs its weights",
             hint="leave out --check, or load it once with --model",
+        )
+    if is_divided(choice.config, find_launch(os.environ)):
+        raise ConfigError(
+            "'--check' runs the model in one process, and 'distributed' divides it",
+            hint="the program says what each rank holds, beside what was planned, whenever it loads",
         )
     for note in choice.notes:
         console.note(note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from lyra_emergence.cli.models import find_model
 from lyra_emergence.cli.options import say_notes
 from lyra_emergence.cli.plan_view import explain_block, render_plan, render_speed
 from lyra_emergence.cli.progress import working
+from lyra_emergence.distributed import find_launch, is_divided
 from lyra_emergence.errors import ConfigError
 from lyra_emergence.placement import DISK
 from lyra_emergence.units import format_bytes
@@ -109,6 +111,10 @@ def run_plan(options: Options, request: PlanRequest, console: Console) -> int:
         scenarios = what_if(choice.config, index, machine, contexts, batch=request.batch)
         console.print(_what_if_text(choice.config.model_id, scenarios, console, as_json=options.json))
         return 0
+    if is_divided(choice.config, find_launch(os.environ)):
+        from lyra_emergence.cli.ranks import print_plans
+
+        return print_plans(choice.config, index, machine, request, console, as_json=options.json)
     from lyra_emergence.plan import make_plan
 
     plan = make_plan(choice.config, index, machine, batch=request.batch)
@@ -210,12 +216,18 @@ def _what_if_cell(scenario: Scenario) -> str:
     return f"{format_bytes(scenario.nbytes)} {where}"
 
 
-def make_plan_for(choice: ModelChoice) -> Plan:
-    """Plan the chosen model on this machine."""
+def make_plan_for(choice: ModelChoice, *, with_torch: bool | None = None) -> Plan:
+    """Plan the chosen model on this machine, or this process's share of it; `with_torch` is `probe_machine`'s."""
     from lyra_emergence.machine import probe_machine
     from lyra_emergence.plan import make_plan
 
-    return make_plan(choice.config, read_index(choice), probe_machine())
+    index = read_index(choice)
+    launch = find_launch(os.environ)
+    if is_divided(choice.config, launch):
+        from lyra_emergence.distributed.rank_plan import own_plan
+
+        return own_plan(choice.config, index, launch)
+    return make_plan(choice.config, index, probe_machine(with_torch=with_torch))
 
 
 def read_index(choice: ModelChoice) -> CheckpointIndex:

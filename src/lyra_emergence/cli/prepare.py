@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lyra_emergence.cli.models import Answer, ModelChoice
     from lyra_emergence.cli.options import Options
     from lyra_emergence.config import ModelConfig
+    from lyra_emergence.distributed.rank_report import RankReport
     from lyra_emergence.hub import RemoteModel
     from lyra_emergence.journal import JournalIndex
     from lyra_emergence.load_report import LoadEvent
@@ -131,16 +132,24 @@ class LocalModel:
     def plan_lines(self, console: Console) -> Iterator[str]:
         """Yield the lines that show the plan that it was loaded by."""
         yield from render_plan(self.loaded.plan, self._title, console)
+        ranks = self._ranks()
+        yield from ("", *map(str, ranks)) if ranks else ()
 
     def as_data(self) -> dict[str, Any]:
         """Return the plan and the load, as `--json` tells them."""
         plan = self.loaded.plan.to_json()
         del plan["placements"]
-        return {
+        data = {
             "placement": {"text": self.placement(), "weight_bytes": self._shares()},
             "plan": plan,
             "load": self.loaded.report.to_json(),
         }
+        ranks = self._ranks()
+        return data | {"ranks": [one.to_json() for one in ranks]} if ranks else data
+
+    def _ranks(self) -> list[RankReport]:
+        """Return what each process holds now, where several share the model."""
+        return self.loaded.model.measure() if self.loaded.report.ranks else []
 
     def close(self) -> None:
         """Release its memory."""

@@ -69,6 +69,8 @@ class LoadProgress:
         if self._bar is not None and event.total:
             self._bar.update(self._task, description="loading", completed=event.done, total=event.total)
             self._bar.update(self._task, amount=f"{format_bytes(event.done)} of {format_bytes(event.total)}")
+        if event.kind == "rank":
+            self._console.note(event.message)
         if event.kind == "rung-failed":
             self._failure = event.message
         elif self._failure:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lyra_emergence.config.devices import check_device_map, check_max_memory, check_size
+from lyra_emergence.config.distributed import check_distributed
 from lyra_emergence.config.generation import GENERATION_SETTINGS, check_pipeline_kwargs
 from lyra_emergence.config.problems import Problems, did_you_mean, mismatch, shown
 
@@ -178,6 +179,7 @@ CHECKS: dict[str, Callable[[object, str, Problems], Any]] = {
     "prefill_chunk": _whole(64, 4096),
     "compile_decode": _check_boolean,
     "packed_cache": check_size,
+    "distributed": check_distributed,
     "embedding_model": _optional(_text("sentence-transformers/all-MiniLM-L6-v2")),
     "rerank_model": _optional(_text("cross-encoder/ms-marco-MiniLM-L6-v2")),
     "trust_remote_code": _check_boolean,

@@ -6,6 +6,7 @@ Values are text, so each key has a reading:
     LYRA_MAX_MEMORY     0=6GB,cpu=16GB, or a JSON object
     LYRA_DEVICE_MAP     a word such as auto, or a JSON object
     LYRA_PIPELINE_KWARGS  a JSON object
+    LYRA_DISTRIBUTED    a JSON object
 "null" clears a key that may be null. An empty variable counts as not set.
 """
 
@@ -37,7 +38,7 @@ _BOOLEANS = (
     "trust_remote_code",
 )
 _WHOLE_NUMBERS = ("gpu_layers_fallback", "context_length", "prefill_chunk")
-_NULLABLE = ("device_map", "max_memory", "pipeline_kwargs", "dtype", *_WHOLE_NUMBERS)
+_NULLABLE = ("device_map", "max_memory", "pipeline_kwargs", "distributed", "dtype", *_WHOLE_NUMBERS)
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 _NEAR = 0.8
 
@@ -78,7 +79,7 @@ def _read(key: str, text: str, problems: Problems) -> object:
         return int(text) if _WHOLE_NUMBER.fullmatch(text) else text
     if key == "max_memory" and not text.startswith("{"):
         return parse_memory_limits(text, key, problems)
-    if key in ("max_memory", "pipeline_kwargs") or (key == "device_map" and text.startswith("{")):
+    if key in ("max_memory", "pipeline_kwargs", "distributed") or (key == "device_map" and text.startswith("{")):
         return parse_json_object(text, key, problems)
     return text
 

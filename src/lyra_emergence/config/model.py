@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from lyra_emergence.config.checks import CHECKS, DTYPES, TASKS, check_together, check_values
 from lyra_emergence.config.devices import AMOUNT_PATTERN, DEVICE_PATTERN, MAP_PATTERN, SIZE_PATTERN, budget_bytes
+from lyra_emergence.config.distributed import distributed_schema
 from lyra_emergence.config.generation import pipeline_kwargs_schema
 from lyra_emergence.config.problems import Problems
 
@@ -68,6 +69,7 @@ _CacheSize = Annotated[
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": SIZE_PATTERN}]}),
 ]
 _ModelName = Annotated[str | None, WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, _NULL]})]
+_Distributed = Annotated[dict[str, int] | None, WithJsonSchema(distributed_schema())]
 _PipelineKwargs = Annotated[dict[str, Any] | None, WithJsonSchema(pipeline_kwargs_schema())]
 
 
@@ -165,6 +167,13 @@ class ModelConfig(BaseModel):
         description=(
             "Most disk space for packed weights that are kept in the cache folder for the next load: bytes, '20GB' or "
             "'20GiB'; 0: none are kept, and none used."
+        ),
+    )
+    distributed: _Distributed = Field(
+        default=None,
+        description=(
+            "How one model is divided between the processes that torchrun starts; their number is the product. null: "
+            "one process runs it."
         ),
     )
     embedding_model: _ModelName = Field(

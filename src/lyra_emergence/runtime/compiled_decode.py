@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lyra_emergence.runtime.residency import Residency
 
-__all__ = ["CompiledDecode", "why_not_compiled"]
+__all__ = ["CompiledDecode", "compiled_decode", "why_not_compiled"]
 
 _SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "cuda": {"backend": "inductor", "mode": "reduce-overhead"},
@@ -41,6 +41,19 @@ def why_not_compiled(model: Any, *, quantized: bool) -> str | None:
         return "its layers are packed"
     if not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers does not trace {type(model).__name__} as a whole"
+    return None
+
+
+def compiled_decode(
+    model: Any, residency: Residency, tell: Callable[[LoadEvent], None], *, quantized: bool
+) -> CompiledDecode | None:
+    """Return the compiled step of a model; where it cannot be compiled, tell why and return None."""
+    reason = why_not_compiled(model, quantized=quantized)
+    if reason is None and residency.alone_on is None:
+        reason = "the model does not lie wholly on one accelerator"
+    if reason is None:
+        return CompiledDecode(model, residency, tell)
+    tell(LoadEvent("note", f"'compile_decode' has no effect: {reason}"))
     return None
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from lyra_emergence.checkpoint import CheckpointIndex
 
-__all__ = ["UntriedError", "run_trial"]
+__all__ = ["UntriedError", "build_without_memory", "run_trial"]
 
 _SINGLE_TOKENS = 2
 _FLOAT32 = 4
@@ -60,14 +60,19 @@ def run_trial(
     Raises:
         UntriedError: transformers cannot build the model from its config.json, or its forward pass needs data.
     """
-    model = _build(index, getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    model = build_without_memory(index, getattr(torch, dtype), trust_remote_code=trust_remote_code)
     try:
         return _count(model, context, batch, chunk)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise UntriedError(f"its forward pass needs data: {_first_line(error)}") from error
 
 
-def _build(index: CheckpointIndex, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
+def build_without_memory(index: CheckpointIndex, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
+    """Return the checkpoint's model on the meta device, where it has shapes and no memory.
+
+    Raises:
+        UntriedError: transformers cannot build it from its config.json.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if "auto_map" in index.config and not trust_remote_code:
