@@ -201,7 +201,7 @@ def test_the_command_shows_predicted_beside_measured(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(": a prompt of 196 tokens and 4 after it, on the rung 'full'")
     assert lines[2].split() == ["predicted", "measured", "spare"]
-    assert lines[3].startswith("sim:0 ")
+    assert lines[3].startswith("sim:")  # either, as their pace was measured a moment ago
     assert lines[3].endswith("  as planned")
     assert " tokens/s, prompt " in lines[-1]
 

@@ -308,7 +308,8 @@ def test_merging_experts_on_a_full_device(checkpoints: Callable[[str], Path], si
     from transformers import AutoModelForCausalLM
 
     directory, said = checkpoints("mixtral"), []
-    for nth in (1, 40, 84, 88, 92):  # of 98: the warm-up, a copy, and merges by all likelihood
+    # Of 98: the warm-up, a copy, and then merges, between the copies of other threads.
+    for nth in (1, 40, *range(68, 98, 3)):
         sim.fail_at(nth)
         with pytest.raises(RuntimeError) as caught:
             AutoModelForCausalLM.from_pretrained(directory, device_map={"": "sim:0"})
