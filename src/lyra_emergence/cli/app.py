@@ -1,11 +1,11 @@
-"""Commands and options, and how an error becomes an exit status."""
+"""Commands and options, and how the program ends."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,8 @@ from lyra_emergence.cli.fleet import BandwidthOption, GpuLinkOption, LinkOption,
 from lyra_emergence.cli.journal import journal_app
 from lyra_emergence.cli.options import Options
 from lyra_emergence.cli.program import DEFAULT_COMMAND, Command, Program, forget_stdout
-from lyra_emergence.cli.status import FAILED, INTERRUPTED, USAGE
+from lyra_emergence.cli.reporting import program_name, report
+from lyra_emergence.cli.status import INTERRUPTED
 from lyra_emergence.distributed.launch import find_launch
 from lyra_emergence.errors import LyraError
 
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = ["app", "run"]
-
-_PROGRAM_NAMES: Final = frozenset({"lyra.py", "lyra", "lyra.exe"})
-# typer keeps its copy of click private; its public BadParameter leads to the base of all usage errors.
-_UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +38,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         return run_rank(launch, lambda: _run(arguments))
     except LyraError as error:  # the ranks cannot meet
-        return _report(error, Console())
+        return report(error, Console())
 
 
 def _run(arguments: list[str]) -> int:
@@ -56,61 +53,18 @@ def _run(arguments: list[str]) -> int:
         return 0
     except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback unless it is asked for
         # A parse that fails knows no options yet, so --verbose is looked for by hand.
-        return _report(error, Console(verbose="--verbose" in arguments))
-
-
-def _report(error: Exception, console: Console) -> int:
-    """Print an error and return its exit status."""
-    if find_launch(os.environ) is not None:
-        from lyra_emergence.cli.ranks import claim_last_word
-
-        claim_last_word()
-    if isinstance(error, LyraError):
-        console.error(str(error), error.hint)
-        return error.exit_code
-    if isinstance(error, _UsageError):
-        if type(error).__name__ == "NoArgsIsHelpError":
-            console.say(error.format_message())
-        else:
-            console.error(error.format_message(), f"{_usage_of(error)} --help lists the options")
-        return USAGE
-    return _report_unexpected(error, console)
+        return report(error, Console(verbose="--verbose" in arguments))
 
 
 def _invoke(arguments: list[str]) -> Any:
     command = typer.main.get_command(app)
-    return command.main(args=arguments, prog_name=_program_name(), standalone_mode=False)
+    return command.main(args=arguments, prog_name=program_name(), standalone_mode=False)
 
 
 def _exit_code(result: Any) -> int:
     with writing_output():
         sys.stdout.flush()
     return result if isinstance(result, int) else 0
-
-
-def _program_name() -> str:
-    name = Path(sys.argv[0]).name
-    return name if name in _PROGRAM_NAMES else "lyra.py"
-
-
-def _usage_of(error: Any) -> str:
-    context = error.ctx
-    if context is None or context.info_name == DEFAULT_COMMAND:
-        return _program_name()
-    return str(context.command_path)
-
-
-def _report_unexpected(error: Exception, console: Console) -> int:
-    if console.verbose:
-        import traceback
-
-        console.say("".join(traceback.format_exception(error)).rstrip())
-    text = str(error) or "no message"
-    console.error(
-        f"unexpected {type(error).__name__}: {text}",
-        "" if console.verbose else "run it again with --verbose to see where, and report it with that output",
-    )
-    return FAILED
 
 
 def _tolerate_any_encoding() -> None:

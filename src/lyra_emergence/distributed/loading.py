@@ -57,7 +57,8 @@ def load_divided(
         DoesNotFitError: This rank's share does not fit. Another rank's failure ends the process (`Leader`).
     """
     from lyra_emergence.distributed.passes import RankedModel
-    from lyra_emergence.loading import LoadedModel, load_architecture, load_tokenizer
+    from lyra_emergence.loading import LoadedModel
+    from lyra_emergence.opening import load_architecture, load_tokenizer
 
     started = time.perf_counter()
     leader = leading()
@@ -174,7 +175,8 @@ class _Share:
         from transformers.distributed import DistributedConfig
 
         from lyra_emergence.distributed.passes import Runner
-        from lyra_emergence.loading import blocks_dtype, load_architecture, open_model
+        from lyra_emergence.loading import blocks_dtype
+        from lyra_emergence.opening import load_architecture, open_model
         from lyra_emergence.runtime.stepping import feeding_of
 
         index, config, layout = self._index, self._config, self._layout

@@ -4,8 +4,7 @@ Memory that ran out takes blocks from an accelerator to the CPU, and free memory
 loaded. A block takes its part of every running generator's caches along: keys and values live where their block
 computes. All of it happens between steps, under the model's lock.
 
-Blocks leave in the order of what they cost: lookups, of which a token reads a row; experts, of which it reads a few;
-layers from the last one; then norm, head and the rest.
+Which leave first: `leaving.py`.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from lyra_emergence.errors import is_out_of_memory, without_frames
 from lyra_emergence.guests import DEFAULT_LEAST_TOKENS
 from lyra_emergence.plan import hf_device
-from lyra_emergence.runtime.blocks import REST
 from lyra_emergence.runtime.guests import Guests, find_guests
+from lyra_emergence.runtime.leaving import leaving_order
 from lyra_emergence.runtime.memory import free_bytes, give_back
 from lyra_emergence.runtime.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from lyra_emergence.placement import Placement
     from lyra_emergence.plan import Plan
@@ -74,6 +73,7 @@ class Residency:
         self._placements = {p.block: p for p in plan.placements if p.block in self._blocks}
         layers = ((block.name, block.index) for block in plan.footprint.blocks if block.name in self._blocks)
         self._layers = {name: at for name, at in layers if at is not None and self._placements[name].kind == "layer"}
+        self._shared = frozenset(block.tied_to for block in plan.footprint.blocks if block.tied_to)
         self._followers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._away: list[_Moved] = []
         self._offloaded: set[str] = set()
@@ -189,7 +189,7 @@ class Residency:
             RuntimeError: Main memory has no room for a block whose CPU form is a copy.
         """
         leaving: list[str] = []
-        order = list(self._leaving_order(device))
+        order = list(leaving_order(self._blocks, self._placements, device, self._shared))
         if but_one:
             order = order[: max((at for at, name in enumerate(order) if name in self._layers), default=len(order))]
         for name in order:
@@ -273,21 +273,6 @@ class Residency:
         # Memory that runs out again once blocks are back is somebody else's now and then: wait longer.
         self._wait = min(_LONGEST_WAIT, 2 * self._wait) if self._climbed else self._wait
         self._steps, self._climbed = 0, False
-
-    def _leaving_order(self, device: str) -> Iterator[str]:
-        here = [name for name, block in self._blocks.items() if block.device == device and name != REST]
-        shared = {block.tied_to for block in self._plan.footprint.blocks}
-        kinds = {name: self._placements[name].kind for name in here}
-        yield from (name for name in here if kinds[name] == "embedding" and name not in shared)
-        for kind in ("experts", "layer"):
-            yield from (name for name in reversed(here) if kinds[name] == kind)
-        yield from (
-            name
-            for name in here
-            if kinds[name] not in ("experts", "layer", "embedding") or (kinds[name] == "embedding" and name in shared)
-        )
-        if self._blocks[REST].device == device:
-            yield REST
 
     def _bytes_on(self, name: str, device: str) -> int:
         index = self._layers.get(name)
