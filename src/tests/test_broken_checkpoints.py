@@ -171,7 +171,7 @@ def test_pickled_files_are_never_read(copied: Path, tmp_path: Path) -> None:
 def test_pickled_files_are_not_read_in_place_of_weights_that_vanish(
     copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lyra_emergence import loading
+    from lyra_emergence import opening
 
     trace = tmp_path / "it ran"
     (copied / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(trace)))
@@ -180,7 +180,7 @@ def test_pickled_files_are_not_read_in_place_of_weights_that_vanish(
         (copied / "model.safetensors").unlink(missing_ok=True)
 
     # As if the file went right after its size was compared.
-    monkeypatch.setattr(loading, "check_files", vanish)
+    monkeypatch.setattr(opening, "check_files", vanish)
     assert refusal(copied).startswith(f"{copied}: ")
     assert not trace.exists()
 
