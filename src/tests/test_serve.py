@@ -412,8 +412,12 @@ def test_a_signal_lets_answers_end(number: int, directory: Path, tmp_path: Path)
             assert rest[-1].choices[0].finish_reason in {"length", "stop"}
             with pytest.raises(openai.APIConnectionError):
                 client.models.list()
+        while number == signal.SIGINT and process.process.poll() is None:
+            process.process.send_signal(number)  # an impatient hand breaks nothing
+            time.sleep(0.02)
     finally:
         assert process.end(number) == 0
+    assert process.said.splitlines()[-1].startswith("served 1 answer, ")
 
 
 def test_answers_that_take_too_long_to_end_are_cut(directory: Path, tmp_path: Path) -> None:

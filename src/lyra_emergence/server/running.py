@@ -124,7 +124,10 @@ class LyraServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Heed signals meanwhile; uvicorn would raise them once more afterwards, and an end in order be a kill."""
+        """Heed signals meanwhile; uvicorn would raise them once more afterwards, and an end in order be a kill.
+
+        Once one has come, a further Ctrl-C is not heeded: the program is about to end, and that with a traceback.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -132,5 +135,6 @@ class LyraServer(uvicorn.Server):
         try:
             yield
         finally:
-            for number, handler in before.items():
+            ending = {signal.SIGINT: signal.SIG_IGN} if self.should_exit else {}
+            for number, handler in (before | ending).items():
                 signal.signal(number, handler)
