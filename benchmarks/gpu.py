@@ -157,7 +157,7 @@ def serve(engine: str, case: Case, *, simulated: bool) -> None:
         return
     directory = large_checkpoint_of(case.shape)
     started = time.perf_counter()
-    run, known = _lyra(engine, case, directory) if engine in ENGINES else _accelerate(case, directory, device)
+    run, known = _accelerate(case, directory, device) if engine == PEER else _lyra(engine, case, directory)
     print(json.dumps({"load": time.perf_counter() - started, **known}), flush=True)
     for line in sys.stdin:
         print(json.dumps(run(int(line))), flush=True)
