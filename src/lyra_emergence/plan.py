@@ -23,7 +23,7 @@ from lyra_emergence.footprint import (
 )
 from lyra_emergence.ladder import NO_LAYER_FITS, Rung, RungName, build_ladder, forced_placements
 from lyra_emergence.packed_plan import with_kept_weights
-from lyra_emergence.placement import DISK, DeviceUse, Placement, measure_use, refuse
+from lyra_emergence.placement import CPU, DISK, DeviceUse, Placement, measure_use, refuse
 from lyra_emergence.remedies import SHORTEST_CONTEXT, attempts
 from lyra_emergence.trial import find_trial
 from lyra_emergence.units import format_bytes
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 __all__ = ["DeviceUse", "Placement", "Plan", "Rung", "RungName", "make_plan"]
 
 JSON_FORMAT = "lyra.plan/1"
+NOT_COMPILED = "'compile_decode' has no effect: "
+PACKED = "its layers are packed"
+NOT_ON_ONE = "the model does not lie wholly on one accelerator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +275,7 @@ def _plan(config: ModelConfig, index: CheckpointIndex, machine: Machine, footpri
         budgets = (*request.accelerators, request.cpu)
         raise refuse(measure_use(placements, footprint, budgets), _remedy(config, footprint, request))
     said = (*_not_followed(rungs[: start + 1], request), *_clamped(config, footprint.context_length))
+    said += _uncompiled(config, footprint, rungs[start].placements)
     notes = (*machine.notes, *request.notes, *footprint.notes, *said)
     return Plan(index.name, footprint, request, rungs, start, notes)
 
@@ -291,6 +295,16 @@ def _clamped(config: ModelConfig, context: int) -> tuple[str, ...]:
         return ()
     room = f"max_new_tokens {wanted} is more than the context of {context} tokens has room for"
     return (f"{room}: answers are clamped to what the prompt leaves",)
+
+
+def _uncompiled(config: ModelConfig, footprint: Footprint, placements: tuple[Placement, ...]) -> tuple[str, ...]:
+    """Say that steps will not be compiled though that is asked for."""
+    devices = {placement.device for placement in placements}
+    if not config.compile_decode:
+        return ()
+    if footprint.quantization is not None:
+        return (NOT_COMPILED + PACKED,)
+    return (NOT_COMPILED + NOT_ON_ONE,) if len(devices) > 1 or devices <= {CPU, DISK} else ()
 
 
 def _remedy(config: ModelConfig, footprint: Footprint, request: Request) -> str:

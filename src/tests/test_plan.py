@@ -574,3 +574,20 @@ def test_two_thousand_tensors(tmp_path: Path) -> None:
     made = plan(index, machine(10**8))
     assert made.rung.name == "planned"
     assert len(made.placements) == 2 * 24 + 3
+
+
+@pytest.mark.parametrize(
+    ("on", "settings", "said"),
+    [
+        (machine(24 * GB), {}, []),
+        (machine(), {}, ["'compile_decode' has no effect: the model does not lie wholly on one accelerator"]),
+        (machine(3 * GB), {}, ["'compile_decode' has no effect: the model does not lie wholly on one accelerator"]),
+        (machine(24 * GB), {"load_in_4bit": True}, ["'compile_decode' has no effect: its layers are packed"]),
+    ],
+)
+def test_what_is_not_compiled_is_said(
+    on: Machine, settings: dict[str, Any], said: list[str], phi2: CheckpointIndex
+) -> None:
+    asked = plan(phi2, on, compile_decode=True, **settings)
+    assert [note for note in asked.notes if "compile_decode" in note] == said
+    assert not any("compile_decode" in note for note in plan(phi2, on, **settings).notes)

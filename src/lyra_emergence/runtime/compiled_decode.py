@@ -18,6 +18,7 @@ import torch
 
 from lyra_emergence.errors import is_out_of_memory
 from lyra_emergence.load_report import LoadEvent
+from lyra_emergence.plan import NOT_COMPILED, NOT_ON_ONE, PACKED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -38,7 +39,7 @@ _TRACED: Mapping[str, Any] = {"backend": "aot_eager"}
 def why_not_compiled(model: Any, *, quantized: bool) -> str | None:
     """Return why the step of a model cannot be compiled, in words; None where it can."""
     if quantized:
-        return "its layers are packed"
+        return PACKED
     if not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers does not trace {type(model).__name__} as a whole"
     return None
@@ -50,10 +51,10 @@ def compiled_decode(
     """Return the compiled step of a model; where it cannot be compiled, tell why and return None."""
     reason = why_not_compiled(model, quantized=quantized)
     if reason is None and residency.alone_on is None:
-        reason = "the model does not lie wholly on one accelerator"
+        reason = NOT_ON_ONE
     if reason is None:
         return CompiledDecode(model, residency, tell)
-    tell(LoadEvent("note", f"'compile_decode' has no effect: {reason}"))
+    tell(LoadEvent("note", NOT_COMPILED + reason))
     return None
 
 
