@@ -41,6 +41,7 @@ __all__ = [
     "ModelUnavailableError",
     "RequestError",
     "is_out_of_memory",
+    "lacks_reason",
     "lost_onednn",
     "without_frames",
 ]
@@ -81,6 +82,8 @@ same: `lost_onednn`. A kernel that it does not have is "could not create a primi
 """
 _UNABLE_TO_MMAP = "unable to mmap"
 _NO_MEMORY_TO_MMAP = "cannot allocate memory"
+_NO_REASON = re.compile("returned NULL without setting an exception|error return without exception set")
+"""What the interpreter says where code in C failed and did not say why."""
 _ALLOCATION_CODE = 2
 """cudaErrorMemoryAllocation, and hipErrorOutOfMemory."""
 _MAX_CAUSES = 16
@@ -225,6 +228,15 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     return False
+
+
+def lacks_reason(error: BaseException) -> bool:
+    """Return whether code in C failed without saying why, which the interpreter reports as a SystemError.
+
+    CPython does so itself where it is refused memory in some places (seen with 3.11, reading attributes of a
+    configuration), but a defect of an extension looks the same. So it is no lack of memory, and worth one more try.
+    """
+    return isinstance(error, SystemError) and _NO_REASON.search(str(error)) is not None
 
 
 def lost_onednn(error: BaseException) -> bool:

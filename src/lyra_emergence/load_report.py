@@ -32,8 +32,8 @@ class LoadEvent:
             "compile" (kernels are made for this CPU, once), "pack" (packed weights come from the cache, or are kept
             there), "stream" (blocks are read as they run), "rung-failed" (memory ran out), "rung-passed" (a rung
             cannot fit), "demote" (copies were dropped), "recover" (memory ran out in use, and work goes on), "retry"
-            (memory ran out before a rung, and loading begins anew), "rank" (what one process of several holds), "note"
-            (a warning of the plan) or "ready".
+            (loading was refused memory before a rung, or failed without a reason, and begins anew), "rank" (what one
+            process of several holds), "note" (a warning of the plan) or "ready".
         message: The step in a sentence, for a person.
         done: Bytes promoted, or of the file downloaded, so far.
         total: Bytes that the present rung promotes, or that the file has.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lyra_emergence.checkpoint import read_checkpoint
 from lyra_emergence.checkpoint.unchanged import check_blocks, check_files
 from lyra_emergence.distributed import is_divided
-from lyra_emergence.errors import DoesNotFitError, is_out_of_memory, without_frames
+from lyra_emergence.errors import DoesNotFitError, is_out_of_memory, lacks_reason, without_frames
 from lyra_emergence.guests import DEFAULT_LEAST_TOKENS, least_tokens
 from lyra_emergence.hub import locate
 from lyra_emergence.load_report import TRUST_WARNING, Attempt, LoadEvent, LoadReport
@@ -131,12 +131,12 @@ def load(
         except DoesNotFitError:
             raise
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not (is_out_of_memory(error) or (left and lacks_reason(error))):
                 raise
             failure = without_frames(error)
         give_back()
         if left:
-            tell(LoadEvent("retry", f"memory ran out while loading, and is asked for again: {_first_line(failure)}"))
+            tell(LoadEvent("retry", _why_again(failure)))
     raise DoesNotFitError(
         f"out of memory while opening '{directory or config.model_id}': {_first_line(failure)}",
         needed=0,
@@ -190,6 +190,12 @@ def _load(
 
         compiled = compiled_decode(model, residency, tell, quantized=plan.footprint.quantization is not None)
     return LoadedModel(model, tokenizer, config, plan, report, blocks, residency, tell, compiled)
+
+
+def _why_again(failure: BaseException) -> str:
+    if lacks_reason(failure):
+        return f"loading failed without a reason, and is begun anew: {_first_line(failure)}"
+    return f"memory ran out while loading, and is asked for again: {_first_line(failure)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from lyra_emergence.errors import (
     LyraError,
     MissingExtraError,
     is_out_of_memory,
+    lacks_reason,
     without_frames,
 )
 
@@ -127,6 +128,7 @@ OTHER = {
     "no kernel": RuntimeError("CUDA error: no kernel image is available for execution on the device" + LOST),
     "peer access": RuntimeError("CUDA error: peer access is not supported between these two devices"),
     "busy GPU": RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"),
+    "no reason": SystemError("<method 'get' of 'dict' objects> returned NULL without setting an exception"),
     "not compiled": AssertionError("Torch not compiled with CUDA enabled"),
     "no accelerator": RuntimeError("Cannot access accelerator device when none is available."),
     "cuBLAS not initialized": RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate()`"),
@@ -235,6 +237,20 @@ def test_a_cause_counts_as_far_as_python_shows_it(how: str, expected: bool) -> N
 
 def test_ctrl_c_while_memory_is_out_is_ctrl_c() -> None:
     assert not is_out_of_memory(raised(MemoryError(), KeyboardInterrupt(), how="during"))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OTHER["no reason"], True),
+        (SystemError("error return without exception set"), True),
+        (SystemError("<built-in f> returned a result with an exception set"), False),
+        (RuntimeError("returned NULL without setting an exception"), False),
+        (MemoryError(), False),
+    ],
+)
+def test_only_a_failure_that_python_found_no_reason_for_lacks_one(error: BaseException, expected: bool) -> None:
+    assert lacks_reason(error) is expected
 
 
 def test_a_lost_device_is_not_out_of_memory_whatever_led_to_it() -> None:
@@ -397,7 +413,7 @@ def test_onednn_out_of_memory_as_it_really_looks() -> None:
     script = """
 import resource, torch
 from pathlib import Path
-from lyra_emergence.errors import is_out_of_memory, lost_onednn
+from lyra_emergence.errors import is_out_of_memory, lacks_reason, lost_onednn
 from lyra_emergence.runtime.memory import stop_using_onednn
 torch.set_num_threads(1)
 weight = torch.ones(2048, 2048, dtype=torch.bfloat16)

@@ -258,6 +258,31 @@ def test_no_fallback_gives_the_first_failure_to_the_user(checkpoints: Checkpoint
     assert in_use(sim) == (0, 0)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_failure_without_a_reason_is_tried_once_more(
+    times: int, checkpoints: Checkpoints, sim: SimulatedAccelerator
+) -> None:
+    seen: list[str] = []
+
+    def fail(event: LoadEvent) -> None:
+        seen.append(event.kind)
+        if event.kind == "map" and seen.count("map") <= times:
+            raise SystemError("<function f at 0x7f> returned NULL without setting an exception")
+
+    config, directory = ModelConfig(), checkpoints("llama")
+    if times == 2:
+        # A defect of an extension looks the same: the error comes out as it is, and is not called a lack of memory.
+        with pytest.raises(SystemError, match="returned NULL without"):
+            load(config, directory=directory, on_event=fail)
+    else:
+        loaded = load(config, directory=directory, on_event=fail)
+        assert greedy(loaded) == reference(directory)
+        loaded.close()
+    assert seen[:3] == ["map", "retry", "map"]
+    assert seen.count("retry") == 1
+    assert in_use(sim) == (0, 0)
+
+
 class OtherError(RuntimeError):
     """An error that is not about memory."""
 
