@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -253,6 +254,9 @@ class Runner:
         self._sim = sim
         for _ in range(2):
             self.run(0, persistent=False)  # what is done once per process is done now
+        # Giving memory back collects garbage: not every time through all of torch and transformers.
+        gc.collect()
+        gc.freeze()
 
     def run(self, nth: int, *, persistent: bool, cap: int | None = None, room: int | None = None) -> Run:
         """Loads and answers with allocation `nth` refused, and again with none."""
