@@ -1,4 +1,4 @@
-"""From the command to the prompt, and to the first word of an answer, in a real terminal (tmux).
+"""From the command to the prompt, to the first word of an answer, and to the end, in a real terminal (tmux).
 
     uv run python -m benchmarks.start
 
@@ -49,8 +49,10 @@ def measure(home: Path) -> dict[str, float]:
         terminal.wait_for("^Biscuit", 120)
         found["the first word of an answer that was asked for at once"] = time.perf_counter() - began
         terminal.ready()
+        ended = time.perf_counter()
         terminal.type("C-d")
         terminal.wait_for("^status 0$", 60)
+        found["the end, from Ctrl-D"] = time.perf_counter() - ended
     return found
 
 

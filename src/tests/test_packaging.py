@@ -67,7 +67,10 @@ def test_the_wheel_brings_the_bundled_model(wheel: zipfile.ZipFile) -> None:
 
 def test_the_wheel_has_the_command_the_license_and_the_extras(wheel: zipfile.ZipFile) -> None:
     folder = next(name.partition("/")[0] for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-    assert wheel.read(f"{folder}/entry_points.txt").decode() == "[console_scripts]\nlyra = lyra_emergence.cli:main\n"
+    assert (
+        wheel.read(f"{folder}/entry_points.txt").decode()
+        == "[console_scripts]\nlyra = lyra_emergence.cli:run_program\n"
+    )
     assert f"{folder}/licenses/LICENSE" in wheel.namelist()
     metadata = wheel.read(f"{folder}/METADATA").decode().splitlines()
     assert {

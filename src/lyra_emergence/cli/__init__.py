@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["main"]
+__all__ = ["main", "run_program"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,3 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lyra_emergence.cli.app import run
 
     return run(argv)
+
+
+def run_program() -> int:
+    """Run the program on this process's arguments and return its exit status; the process ends with it at once."""
+    from lyra_emergence.cli.ending import run_and_end
+
+    return run_and_end(main)

@@ -308,7 +308,7 @@ def serve_command(
     offline: OfflineOption = False,
     verbose: VerboseOption = False,
 ) -> int:
-    """Serve the model to OpenAI's clients, and a page to chat on, on this machine."""
+    """Serve the model to OpenAI's clients, and a page to chat on."""
     from lyra_emergence.cli.serve import ServeRequest, run_serve
 
     options = Options(
