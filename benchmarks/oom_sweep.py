@@ -7,8 +7,9 @@
 
 On the simulated accelerator, a tiny checkpoint of a family is loaded and asked for 12 tokens. First the allocations of
 an undisturbed run are counted. Then, for each of them, one run has that allocation refused, and another one it and all
-after it. Every run must load, give the tokens of plain transformers, leave no byte on the devices once it is closed,
-and answer again afterwards. It must have met its failure: a run that did not is no evidence.
+after it. Every run must load, give the tokens of plain transformers (packed: of an undisturbed run), leave no byte on
+the devices once it is closed, and answer again afterwards. It must have met its failure: a run that did not is no
+evidence.
 """
 
 from __future__ import annotations
@@ -41,8 +42,12 @@ PLACES: dict[str, dict[str, Any]] = {
     "split": {"device_map": {"": "cpu", "{embedding}": 0, "{layers}.0": 0, "{layers}.1": 0}},
     "two": {"device_map": {"": 1, "{embedding}": 0, "{layers}.0": 0, "{layers}.1": 0}},
     "guests": {"device_map": {"": "cpu", "{layers}.0": 0, "{layers}.1": 0}},
+    "streamed": {"device_map": {"": 0, "{layers}.1": "disk", "{layers}.2": "disk", "{layers}.3": "disk"}},
+    "packed": {"device_map": {"": 0, "{layers}": "cpu"}, "load_in_4bit": True, "packed_cache": 0},
 }
-"""`guests` gets a prompt so long that layers of main memory run on the accelerator."""
+"""`guests` gets a prompt so long that layers of main memory run on the accelerator. `packed` has layers of 4 bits in
+main memory, run by the CPU's kernels. Stored weights give other tokens: it is compared with an undisturbed run.
+"""
 _LONG = 160
 
 
@@ -137,7 +142,7 @@ def sweep(mapping: Callable[..., Iterable[Any]], directory: Path, place: str, ev
             print(f"{family} {place}: {which}: {outcome}", flush=True)
     wrong = sum(counts.values()) - counts["right"]
     print(
-        f"{family:10} {place:6} {total:5} allocations, {sum(counts.values()):5} runs, {counts['right']:5} right, "
+        f"{family:10} {place:8} {total:5} allocations, {sum(counts.values()):5} runs, {counts['right']:5} right, "
         f"{wrong} wrong, {time.perf_counter() - started:.0f} s",
         flush=True,
     )
@@ -168,8 +173,10 @@ def _settings(place: str, directory: Path) -> dict[str, Any]:
         "embedding": next(block.name for block in index.blocks if block.kind == "embedding"),
         "layers": index.layers[0].name.rpartition(".")[0],
     }
-    wanted = PLACES[place].get("device_map")
-    return {} if wanted is None else {"device_map": {key.format(**names): device for key, device in wanted.items()}}
+    settings = dict(PLACES[place])
+    if "device_map" in settings:
+        settings["device_map"] = {key.format(**names): device for key, device in settings["device_map"].items()}
+    return settings
 
 
 @cache
@@ -193,12 +200,12 @@ def run(directory: Path, case: Case) -> tuple[str, int]:
     """Load and answer with an allocation refused; return how it ended, and the allocations counted."""
     from lyra_emergence.config import ModelConfig
     from lyra_emergence.loading import load
-    from tests.running import NEW_TOKENS, PROMPT, greedy, reference
+    from tests.running import PROMPT, greedy
 
     sim = _accelerator()
     settings = _settings(case.place, directory)
     prompt = (PROMPT * _LONG)[-_LONG:] if case.place == "guests" else PROMPT
-    expected = reference(directory, NEW_TOKENS, prompt)
+    expected = _expected(directory, case.place, prompt)
     sim.reset()
     sim.fail_at(case.nth, persistent=case.persistent)
     try:
@@ -214,7 +221,24 @@ def run(directory: Path, case: Case) -> tuple[str, int]:
         sim.fail_at(0)
         return f"{type(error).__name__}: {error}", 0
     gc.collect()
-    return next(_findings(sim, case.nth == 0 or met, tokens == expected, again == expected), "right"), count
+    return next(_findings(sim, case.nth == 0 or met, list(tokens) == expected, list(again) == expected), "right"), count
+
+
+@cache
+def _expected(directory: Path, place: str, prompt: tuple[int, ...]) -> list[int]:
+    """Return the tokens of plain transformers; of an undisturbed run where weights are packed."""
+    from lyra_emergence.config import ModelConfig
+    from lyra_emergence.loading import load
+    from tests.running import NEW_TOKENS, greedy, reference
+
+    settings = _settings(place, directory)
+    if not settings.get("load_in_4bit"):
+        return list(reference(directory, NEW_TOKENS, prompt))
+    loaded = load(ModelConfig(**settings), directory=directory)
+    try:
+        return list(greedy(loaded, prompt=prompt))
+    finally:
+        loaded.close()
 
 
 def _findings(sim: SimulatedAccelerator, met: bool, same: bool, again: bool) -> Iterator[str]:

@@ -34,6 +34,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 3, "
 PACKED = {"hidden_size": 64, "intermediate_size": 128}
 """Whole tiles of rows and whole groups of inputs, so that the kernels pack them."""
 SPLIT = {"device_map": {"": "cpu", "model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 0}}
+STREAMED = {"device_map": {"": "cpu", "model.layers": "disk"}}
 CASES = {
     "tensors": "a tiny Llama on the CPU; tensors and scratch of every size",
     "heap": "the same; objects, buffers and C++ of 512 bytes and more, without libraries that end the process",
@@ -46,6 +47,8 @@ CASES = {
     "8bit": "the same to 8 bits",
     "kept": "the same from the cache; maps of every size",
     "bitsandbytes": "the same to 4 bits by bitsandbytes",
+    "streamed": "a tiny Llama, its layers read from the file as they run; tensors, buffers and maps",
+    "mixture": "a tiny Mixtral; tensors of every size",
     "shared": "two answers from one tiny Llama at once; tensors of every size",
     "parallel": "two loads and answers of a tiny Llama and two of a GPT-2 at once; tensors of every size",
 }
@@ -89,6 +92,7 @@ def _cases(folder: Path) -> dict[str, Case]:
 
     llama = str(build_checkpoint("llama", folder / "llama"))
     gpt2 = str(build_checkpoint("gpt2", folder / "gpt2"))
+    mixtral = str(build_checkpoint("mixtral", folder / "mixtral"))
     packed = str(build_checkpoint("llama", folder / "packed", sizes=PACKED))
     wide = str(build_checkpoint("llama", folder / "wide", torch.bfloat16, sizes=WIDE))
     prompt = (PROMPT * 60)[:300]
@@ -106,6 +110,8 @@ def _cases(folder: Path) -> dict[str, Case]:
         "8bit": Case(packed, every, {"device_map": "cpu", "load_in_8bit": True, "packed_cache": 0}),
         "kept": Case(packed, Refusing(mapped=0), {"device_map": "cpu", "load_in_4bit": True}),
         "bitsandbytes": Case(packed, every, {"device_map": "cpu", "load_in_4bit": True, "cpu_kernels": False}),
+        "streamed": Case(llama, Refusing(aligned=0, mapped=0), STREAMED),
+        "mixture": Case(mixtral, every),
         "shared": Case(llama, every, mode="shared"),
         "parallel": Case(llama, every, mode="parallel", others=(gpt2,)),
     }
