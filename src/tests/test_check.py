@@ -134,7 +134,7 @@ def test_memory_that_runs_out_in_the_run_is_an_error_and_leaves_nothing(
     blind = replace(plan, rungs=(replace(plan.rungs[plan.start], name="full"),), start=0)
     before = sim.used()
     # Room for the weights and what is reserved for a moment after loading, not for the run.
-    sim.fail_at(sim.allocations() + 60, persistent=True)
+    sim.fail_at(60, persistent=True)
     with pytest.raises(DoesNotFitError):
         check_plan(config, directory, blind)
     sim.fail_at(0)

@@ -421,6 +421,8 @@ def test_of_layouts_that_are_as_fast_the_one_with_fewer_gpus_is_chosen(tiny: Che
     # So small a model gains nothing from a second GPU.
     made = plan(tiny, "1x4x24GB")
     assert sizes(made)[0] == (1, 1, 1, 4)
+    alone = plan(tiny, "1x24GB")
+    assert (sizes(alone), alone.reason) == ([(1, 1, 1, 1)], "one GPU holds the model")
 
 
 def test_what_was_not_said_is_said_to_be_assumed(llama_70b: CheckpointIndex) -> None:

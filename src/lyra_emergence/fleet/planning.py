@@ -184,7 +184,7 @@ def like_these(kind: MachineKind, count: int) -> str:
 def _reason(layouts: Sequence[Layout]) -> str:
     best, *others = layouts
     if not others:
-        return "the only layout that holds the model"
+        return "the only layout that holds the model" if best.gpus > 1 else "one GPU holds the model"
     faster = [layout for layout in others if _pace(layout) > _pace(best)]
     if faster:
         return "as fast for one conversation as any other, with the fewest GPUs for a replica"
