@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from lyra_emergence.loading import LoadedModel
     from tests.simulated_accelerator import SimulatedAccelerator
 
 PLACES: dict[str, dict[str, Any]] = {
@@ -43,10 +44,12 @@ PLACES: dict[str, dict[str, Any]] = {
     "two": {"device_map": {"": 1, "{embedding}": 0, "{layers}.0": 0, "{layers}.1": 0}},
     "guests": {"device_map": {"": "cpu", "{layers}.0": 0, "{layers}.1": 0}},
     "streamed": {"device_map": {"": 0, "{layers}.1": "disk", "{layers}.2": "disk", "{layers}.3": "disk"}},
+    "turns": {"device_map": {"": "cpu", "{embedding}": 0, "{layers}.0": 0, "{layers}.1": 0}},
     "packed": {"device_map": {"": 0, "{layers}": "cpu"}, "load_in_4bit": True, "packed_cache": 0},
 }
-"""`guests` gets a prompt so long that layers of main memory run on the accelerator. `packed` has layers of 4 bits in
-main memory, run by the CPU's kernels. Stored weights give other tokens: it is compared with an undisturbed run.
+"""`guests` gets a prompt so long that layers of main memory run on the accelerator. `turns` is a conversation of two
+questions whose keys and values are kept between them. `packed` has layers of 4 bits in main memory, run by the CPU's
+kernels: stored weights give other tokens, so that it is compared with an undisturbed run.
 """
 _LONG = 160
 
@@ -200,45 +203,70 @@ def run(directory: Path, case: Case) -> tuple[str, int]:
     """Load and answer with an allocation refused; return how it ended, and the allocations counted."""
     from lyra_emergence.config import ModelConfig
     from lyra_emergence.loading import load
-    from tests.running import PROMPT, greedy
 
     sim = _accelerator()
     settings = _settings(case.place, directory)
-    prompt = (PROMPT * _LONG)[-_LONG:] if case.place == "guests" else PROMPT
-    expected = _expected(directory, case.place, prompt)
+    expected = _expected(directory, case.place)
     sim.reset()
     sim.fail_at(case.nth, persistent=case.persistent)
     try:
         loaded = load(ModelConfig(**settings), directory=directory)
-        tokens = greedy(loaded, prompt=prompt)
+        tokens = _answers(loaded, case.place)
         met = sum(sim.injected(device) for device in range(sim.devices)) > 0
         count = sum(sim.allocations(device) for device in range(sim.devices))
         sim.fail_at(0)
-        again = greedy(loaded, prompt=prompt)
+        again = _answers(loaded, case.place)
         loaded.close()
         del loaded
     except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
         sim.fail_at(0)
         return f"{type(error).__name__}: {error}", 0
     gc.collect()
-    return next(_findings(sim, case.nth == 0 or met, list(tokens) == expected, list(again) == expected), "right"), count
+    return next(_findings(sim, case.nth == 0 or met, tokens == expected, again == expected), "right"), count
 
 
 @cache
-def _expected(directory: Path, place: str, prompt: tuple[int, ...]) -> list[int]:
+def _expected(directory: Path, place: str) -> list[int]:
     """Return the tokens of plain transformers; of an undisturbed run where weights are packed."""
     from lyra_emergence.config import ModelConfig
     from lyra_emergence.loading import load
-    from tests.running import NEW_TOKENS, greedy, reference
+    from tests.running import NEW_TOKENS, reference
 
     settings = _settings(place, directory)
-    if not settings.get("load_in_4bit"):
-        return list(reference(directory, NEW_TOKENS, prompt))
-    loaded = load(ModelConfig(**settings), directory=directory)
+    if settings.get("load_in_4bit"):
+        loaded = load(ModelConfig(**settings), directory=directory)
+        try:
+            return _answers(loaded, place)
+        finally:
+            loaded.close()
+    first = reference(directory, NEW_TOKENS, _prompt(place))
+    return first + (reference(directory, NEW_TOKENS, _next_prompt(place, first)) if place == "turns" else [])
+
+
+def _answers(loaded: LoadedModel, place: str) -> list[int]:
+    """Return the tokens of the answer, or of both."""
+    from lyra_emergence.generation import PromptCache
+    from tests.running import greedy
+
+    kept = PromptCache() if place == "turns" else None
+    first = greedy(loaded, prompt=_prompt(place), kept=kept)
+    if kept is None:
+        return first
     try:
-        return list(greedy(loaded, prompt=prompt))
+        return first + greedy(loaded, prompt=_next_prompt(place, first), kept=kept)
     finally:
-        loaded.close()
+        kept.drop()
+
+
+def _prompt(place: str) -> tuple[int, ...]:
+    from tests.running import PROMPT
+
+    return (PROMPT * _LONG)[-_LONG:] if place == "guests" else PROMPT
+
+
+def _next_prompt(place: str, answer: list[int]) -> tuple[int, ...]:
+    prompt = _prompt(place)
+    return (*prompt, *answer, *prompt[-2:])
 
 
 def _findings(sim: SimulatedAccelerator, met: bool, same: bool, again: bool) -> Iterator[str]:

@@ -17,6 +17,7 @@ from . import families
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lyra_emergence.generation import PromptCache
     from lyra_emergence.loading import LoadedModel
 
 # From here the tiny checkpoints recite a story with clear margins: bits that differ do not change the tokens.
@@ -35,10 +36,16 @@ def reference(directory: Path, new_tokens: int = NEW_TOKENS, prompt: tuple[int, 
     return out[0, len(prompt) :].tolist()
 
 
-def greedy(loaded: LoadedModel, new_tokens: int = NEW_TOKENS, *, prompt: Sequence[int] = PROMPT) -> list[int]:
+def greedy(
+    loaded: LoadedModel,
+    new_tokens: int = NEW_TOKENS,
+    *,
+    prompt: Sequence[int] = PROMPT,
+    kept: PromptCache | None = None,
+) -> list[int]:
     """The greedy tokens of a loaded model."""
     options = GenerationOptions(max_new_tokens=new_tokens)
-    return [token for chunk in stream_generate(loaded, prompt, options) for token in chunk.token_ids]
+    return [token for chunk in stream_generate(loaded, prompt, options, kept=kept) for token in chunk.token_ids]
 
 
 def anonymous_bytes() -> int:
