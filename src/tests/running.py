@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -53,6 +53,17 @@ def anonymous_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     line = next(line for line in lines if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
+
+
+class Fed:
+    """The tokens that a model was given, pass by pass."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.passes: list[int] = []
+        loaded.model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, _model: Any, _args: Any, kwargs: Any) -> None:
+        self.passes.append(kwargs["input_ids"].shape[1])
 
 
 class RecordedLock(TurnLock):

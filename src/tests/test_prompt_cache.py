@@ -13,7 +13,7 @@ from lyra_emergence.generation import GenerationOptions, PromptCache, stream_gen
 from lyra_emergence.loading import load
 
 from .families import FAMILIES
-from .running import NEW_TOKENS, PROMPT, reference
+from .running import NEW_TOKENS, PROMPT, Fed, reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,17 +31,6 @@ OPTIONS = GenerationOptions(max_new_tokens=NEW_TOKENS)
 def answer(loaded: LoadedModel, prompt: Any, kept: PromptCache | None, **options: Any) -> tuple[list[int], Any]:
     chunks = list(stream_generate(loaded, prompt, GenerationOptions(max_new_tokens=NEW_TOKENS, **options), kept=kept))
     return [token for chunk in chunks for token in chunk.token_ids], chunks[-1].stats
-
-
-class Fed:
-    """The tokens that a model was given, pass by pass."""
-
-    def __init__(self, loaded: LoadedModel) -> None:
-        self.passes: list[int] = []
-        loaded.model.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def _count(self, _model: Any, _args: Any, kwargs: Any) -> None:
-        self.passes.append(kwargs["input_ids"].shape[1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,7 @@ from lyra_emergence.loading import load
 from lyra_emergence.runtime.recovery import failing_device
 
 from .families import FAMILIES
-from .running import NEW_TOKENS, PROMPT, greedy, reference
+from .running import NEW_TOKENS, PROMPT, Fed, greedy, reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +74,32 @@ def test_a_failure_at_any_allocation_of_an_answer_loses_nothing(
         assert sim.settled(at_rest) == at_rest, nth
     loaded.close()
     assert sim.settled() == (0, 0)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_recovery_runs_the_text_so_far_again_at_most(
+    place: str, checkpoints: Checkpoints, sim: SimulatedAccelerator
+) -> None:
+    loaded = load(ModelConfig(**PLACES[place]), directory=checkpoints("llama"))
+    fed = Fed(loaded)
+    total = allocations_of(loaded, sim)
+    undisturbed = sum(fed.passes)
+    assert undisturbed == len(PROMPT) + NEW_TOKENS - 1
+    for nth in [*range(1, total, total // 12), total]:
+        for persistent in (False, True):
+            fed.passes.clear()
+            sim.fail_at(nth, persistent=persistent)
+            _, stats = tokens_of(loaded)
+            again = sum(fed.passes) - undisturbed
+            sim.reset()
+            lost = [recovery.tokens for recovery in stats.recoveries]
+            assert again <= sum(lost), (nth, persistent)
+            # A step that failed once runs once more, and nothing before it does.
+            if not persistent:
+                assert len(lost) == 1
+                assert again in (0, len(PROMPT) if lost == [len(PROMPT)] else 1), nth
+            greedy(loaded)
+    loaded.close()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
