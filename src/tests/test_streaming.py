@@ -265,6 +265,56 @@ def test_a_read_that_nobody_waited_for_is_tried_again_when_it_fails() -> None:
     ring.close()
 
 
+class Counted:
+    """Sources of a byte each, which note when they are read."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.reads = 0
+
+    def read(self, target: memoryview, _goes_on: Any) -> None:
+        self.reads += 1
+        target[:1] = bytes([self.number])
+
+
+def taken(ring: ReadAhead, memories: list[bytearray], source: int) -> int:
+    buffer = ring.take(source)
+    assert buffer is not None
+    try:
+        return memories[buffer][0]
+    finally:
+        ring.leave(source)
+
+
+def test_a_thread_that_dies_before_its_first_step_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stillborn(_work: Any, _arguments: Any) -> int:
+        return 1  # what a thread does whose first frame finds no memory: nothing
+
+    monkeypatch.setattr("lyra_emergence.runtime.read_ahead._thread.start_new_thread", stillborn)
+    memories = [bytearray(1), bytearray(1)]
+    sources = [Counted(number) for number in range(4)]
+    ring = ReadAhead(sources, [memoryview(memory) for memory in memories])
+    for _ in range(2):
+        assert [taken(ring, memories, number) for number in range(4)] == [0, 1, 2, 3]
+    ring.close()
+
+
+def test_a_read_that_finds_no_memory_to_begin_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("lyra_emergence.runtime.read_ahead._thread.start_new_thread", refuse)
+    memories = [bytearray(1)]
+    ring = ReadAhead([Counted(7), Counted(8)], [memoryview(memory) for memory in memories])
+    with monkeypatch.context() as patch:
+        patch.setattr(ring._ring, "_fill", refuse)
+        for _ in range(3):
+            with pytest.raises(MemoryError):
+                ring.take(1)
+    assert [taken(ring, memories, number) for number in (1, 0)] == [8, 7]
+    ring.close()
+
+
 def test_a_file_that_was_cut_off_is_an_error(checkpoints: Checkpoints, disk: Disk) -> None:
     directory = checkpoints("llama")
     loaded = load(on_disk("llama"), directory=directory)

@@ -12,6 +12,7 @@ import _thread
 import threading
 import time
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,6 +23,8 @@ __all__ = ["ReadAhead", "Source"]
 
 _LONGEST_END = 10.0
 """Seconds that closing waits for a disk that hangs; the thread ends when the disk answers."""
+_LOOKS_AGAIN = 1.0
+"""Seconds after which who waits for a source looks by itself: a thread that finds no memory may end without a word."""
 
 
 class Source(Protocol):
@@ -109,7 +112,9 @@ class _Ring:
     def __init__(self, sources: Sequence[Source], memories: Sequence[memoryview]) -> None:
         self._sources = sources
         self._buffers = [_Buffer(memory) for memory in memories]
-        self._changed = threading.Condition()
+        # Reentrant: a ring that is collected is stopped in whatever thread just made an object, also in this lock.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._next = 0
         self._wanted: int | None = None
         self._held: dict[int, int] = {}
@@ -121,40 +126,42 @@ class _Ring:
         self.waited = 0.0
 
     def start(self, first: Callable[[], None] | None) -> None:
-        """Read ahead from now on; where no thread can be had, whoever wants a source reads it."""
+        """Read ahead from now on; until a thread runs, and where none can be had, whoever wants a source reads it."""
         for number in range(len(self._buffers)):
-            self._threads += 1
-            try:
+            with suppress(RuntimeError, MemoryError):
                 _thread.start_new_thread(self._run, (None if number else first,))
-            except (RuntimeError, MemoryError):
-                self._threads -= 1
 
     def stop(self) -> None:
-        with self._changed:
+        with self._lock:
             self._stopped = True
             self._changed.notify_all()
 
     def wait_for_end(self) -> None:
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: not self._threads, _LONGEST_END)
 
     def _goes_on(self) -> bool:
         return not self._stopped
 
     def _run(self, first: Callable[[], None] | None) -> None:
+        # Counted by itself: one that finds no memory for its first step never gets here, and nobody waits for it.
+        with self._lock:
+            if self._stopped:
+                return
+            self._threads += 1
         try:
             if first is not None:
                 first()
             while (job := self._next_job()) is not None:
                 self._fill(*job)
         finally:
-            with self._changed:
+            with self._lock:
                 self._threads -= 1
                 self._changed.notify_all()
 
     def _next_job(self) -> tuple[int, int] | None:
         """Wait for something to read; return the numbers of buffer and source, or None once the ring is closed."""
-        with self._changed:
+        with self._lock:
             while not self._stopped:
                 job = self._choose()
                 if job is not None:
@@ -170,10 +177,11 @@ class _Ring:
         buffer = None if source is None else self._free_buffer(urgent=urgent)
         if source is None or buffer is None:
             return None
+        job = buffer, source
         self._next = (source + 1) % len(self._sources)
         held = self._buffers[buffer]
         held.source, held.filled, held.spent, held.asked = source, False, False, urgent
-        return buffer, source
+        return job
 
     def _after_those_held(self) -> int | None:
         """Return the next source that is to be read, or None where it is held already, or there is none."""
@@ -199,7 +207,7 @@ class _Ring:
             self._sources[source].read(held.memory, self._goes_on)
         except BaseException as error:  # noqa: BLE001 - it is raised where the source is wanted
             failure = error.with_traceback(None)
-        with self._changed:
+        with self._lock:
             held.filled = failure is None
             if failure is not None:
                 held.source, held.spent = None, True
@@ -213,7 +221,7 @@ class _Ring:
         self.settle()
         asked = time.perf_counter()
         while True:
-            with self._changed:
+            with self._lock:
                 if self._stopped or source in self._left_out:
                     return None
                 buffer = self._taken(source)
@@ -223,9 +231,17 @@ class _Ring:
                 job = None if self._threads else self._choose()
                 if job is None:
                     self._changed.notify_all()
-                    self._changed.wait()
+                    self._changed.wait(_LOOKS_AGAIN)
                     continue
-            self._fill(*job)
+            try:
+                self._fill(*job)
+            except MemoryError:
+                # It could not even begin. Nothing is called here: that would want memory too.
+                with self._lock:
+                    held = self._buffers[job[0]]
+                    if not held.filled:
+                        held.source, held.spent = None, True
+                raise
 
     def _taken(self, source: int) -> int | None:
         """Take a source that is there; else say that it is wanted. The lock is held."""
@@ -246,7 +262,7 @@ class _Ring:
         return buffer
 
     def leave(self, source: int) -> bool:
-        with self._changed:
+        with self._lock:
             if self._held.get(_thread.get_ident()) != source:
                 return True
             del self._held[_thread.get_ident()]
@@ -265,7 +281,7 @@ class _Ring:
             self.leave(source)
 
     def leave_out(self, source: int) -> None:
-        with self._changed:
+        with self._lock:
             self._left_out.add(source)
             buffer = self._buffer_of(source)
             if buffer is not None and not self._buffers[buffer].users and self._buffers[buffer].filled:
