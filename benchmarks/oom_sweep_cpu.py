@@ -34,7 +34,9 @@ WIDE = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 3, "
 PACKED = {"hidden_size": 64, "intermediate_size": 128}
 """Whole tiles of rows and whole groups of inputs, so that the kernels pack them."""
 SPLIT = {"device_map": {"": "cpu", "model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 0}}
+GUESTS = {"device_map": {"": "cpu", "model.layers.0": 0, "model.layers.1": 0}}
 STREAMED = {"device_map": {"": "cpu", "model.layers": "disk"}}
+ON_ACCELERATORS = ("split", "guests")
 CASES = {
     "tensors": "a tiny Llama on the CPU; tensors and scratch of every size",
     "heap": "the same; objects, buffers and C++ of 512 bytes and more, without libraries that end the process",
@@ -48,6 +50,7 @@ CASES = {
     "kept": "the same from the cache; maps of every size",
     "bitsandbytes": "the same to 4 bits by bitsandbytes",
     "streamed": "a tiny Llama, its layers read from the file as they run; tensors, buffers and maps",
+    "guests": "half of the layers on the accelerator, a long prompt that the others run there too; tensors and maps",
     "mixture": "a tiny Mixtral; tensors of every size",
     "shared": "two answers from one tiny Llama at once; tensors of every size",
     "parallel": "two loads and answers of a tiny Llama and two of a GPT-2 at once; tensors of every size",
@@ -75,7 +78,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         cases = _cases(Path(folder))
         for name in arguments.case or list(CASES):
-            sim = cache_directory() if name == "split" else None
+            sim = cache_directory() if name in ON_ACCELERATORS else None
             sweeper = stack.enter_context(Sweeper(shim, threads=arguments.threads, sim=sim))
             wrong += sweep(sweeper, name, cases[name], arguments.every, record)
             stack.close()
@@ -111,6 +114,7 @@ def _cases(folder: Path) -> dict[str, Case]:
         "kept": Case(packed, Refusing(mapped=0), {"device_map": "cpu", "load_in_4bit": True}),
         "bitsandbytes": Case(packed, every, {"device_map": "cpu", "load_in_4bit": True, "cpu_kernels": False}),
         "streamed": Case(llama, Refusing(aligned=0, mapped=0), STREAMED),
+        "guests": Case(llama, Refusing(aligned=0, mapped=0), GUESTS, prompt[:160]),
         "mixture": Case(mixtral, every),
         "shared": Case(llama, every, mode="shared"),
         "parallel": Case(llama, every, mode="parallel", others=(gpt2,)),

@@ -230,16 +230,21 @@ def test_the_next_guest_is_copied_while_one_runs(checkpoints: Checkpoints, sim: 
     loaded.close()
 
 
+def refuse(*_: object) -> int:
+    raise RuntimeError("can't start new thread")
+
+
+def stillborn(*_: object) -> int:
+    return 1  # what a thread does whose first frame finds no memory: nothing
+
+
+@pytest.mark.parametrize("start", [refuse, stillborn])
 def test_without_a_thread_the_pass_copies_itself(
-    checkpoints: Checkpoints, sim: SimulatedAccelerator, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., int], checkpoints: Checkpoints, sim: SimulatedAccelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = checkpoints("llama")
     loaded = load(split(), directory=directory)
-
-    def refuse(*_: object) -> int:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(guests._thread, "start_new_thread", refuse)
+    monkeypatch.setattr(guests._thread, "start_new_thread", start)
     assert answer(loaded) == expected(directory)
     monkeypatch.undo()
     assert _thread.start_new_thread is guests._thread.start_new_thread

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Guests", "find_guests"]
 
 _CPU = "cpu"
+_LONGEST_BEGINNING = 0.05
+"""Seconds that a pass waits for its thread to begin; one that finds no memory for its first step never does."""
 
 
 @dataclass(slots=True)
@@ -235,12 +237,13 @@ class _Pass:
                 self._places.setdefault(member.shape, []).append(_Place(at, member.block.tensors(), at))
 
     def start(self) -> None:
-        """Copy from now on; where no thread can be had, who wants a block's weights copies them."""
-        self._state.threads = 1
+        """Copy from now on; as long as no thread does, who wants a block's weights copies them."""
         try:
             _thread.start_new_thread(self._run, ())
         except (RuntimeError, MemoryError):
-            self._state.threads = 0
+            return
+        with self._state.changed:
+            self._state.changed.wait_for(lambda: self._state.threads, _LONGEST_BEGINNING)
 
     def take(self, at: int) -> list[torch.Tensor] | None:
         """Wait for a block's weights, and return the tensors that hold them until `leave`.
@@ -294,6 +297,11 @@ class _Pass:
             self._staging.wait(place.ready)
 
     def _run(self) -> None:
+        with self._state.changed:
+            if self._state.stopped:
+                return
+            self._state.threads = 1
+            self._state.changed.notify_all()
         try:
             settle_for_fewer_threads()
             with torch.inference_mode():
@@ -327,9 +335,10 @@ class _Pass:
         place = next((place for place in self._places[self._members[at].shape] if self._is_free(place, at)), None)
         if place is None:
             return None
+        job = place, at
         place.holds, place.loaded = at, False
         state.next += 1
-        return place, at
+        return job
 
     def _is_free(self, place: _Place, wanted: int) -> bool:
         """Return whether what a place holds has run, or comes after what is wanted and can be copied again."""
