@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from lyra_emergence.journal import JournalIndex
     from lyra_emergence.loading import LoadedModel
     from tests.simulated_accelerator import SimulatedAccelerator
 
@@ -53,6 +54,10 @@ ALLOWED = {"private": (2 * 2**20, 8 * 2**10), "objects": (300, 0.05)}
 
 2 MiB is what a heap's fragments move by, and less than two of the smallest models here. 8 KiB is three times what
 safetensors 0.8 leaves behind: 60 bytes for each tensor read, about 2.4 kB a load. One lost KV cache would be more.
+"""
+_JOURNAL_CYCLES = 16
+"""Cycles that a journal stays open for. A program opens one for all of its life; each time, safetensors leaves 60 bytes
+behind for each of the 103 tensors of the model that embeds its entries, and that would hide a leak of ours.
 """
 _LONGEST_END = 2.0
 """Seconds that a thread which has ended its work may still be listed."""
@@ -138,6 +143,8 @@ class Soak:
         self._broken = _cut_off(self._directories[names[0]], folder / "broken")
         self._expected: dict[tuple[str, str], Any] = {}
         self._threads_before = sys.maxsize
+        self._journal_index: JournalIndex | None = None
+        self._journal_turn = 0
 
     def run(self, seconds: float) -> list[Sample]:
         """Run cycles for that long, and `_FEWEST` at least; return the sample after each."""
@@ -155,6 +162,7 @@ class Soak:
                 self.findings.append(f"cycle {len(samples)}, {family} {place}: {type(error).__name__}: {error}")
             self._sim.reset()
             samples.append(self._sample(len(samples)))
+        self._close_journal()
         gc.unfreeze()
         return samples
 
@@ -191,17 +199,31 @@ class Soak:
     def _ask(self, loaded: LoadedModel, kind: str) -> Any:
         from lyra_emergence.chat import ChatSession
         from lyra_emergence.generation import GenerationOptions, stream_generate
-        from lyra_emergence.journal import open_journal
         from tests.running import PROMPT
 
         if kind == "chat":
-            journal = open_journal(self._journal)
-            session = ChatSession(loaded, journal, options=GenerationOptions(max_new_tokens=NEW_TOKENS), passages=1)
-            text = "".join(chunk.text for chunk in session.ask("When was the river high?"))
-            journal.close()
-            return text
+            session = ChatSession(
+                loaded, self._opened_journal(), options=GenerationOptions(max_new_tokens=NEW_TOKENS), passages=1
+            )
+            return "".join(chunk.text for chunk in session.ask("When was the river high?"))
         options = GenerationOptions(max_new_tokens=NEW_TOKENS, do_sample=kind == "sampling", temperature=1.5, seed=7)
         return [token for chunk in stream_generate(loaded, PROMPT, options) for token in chunk.token_ids]
+
+    def _opened_journal(self) -> JournalIndex:
+        """Return the journal, opened anew every `_JOURNAL_CYCLES` cycles."""
+        from lyra_emergence.journal import open_journal
+
+        due = self.counts["cycles"] // _JOURNAL_CYCLES
+        if self._journal_index is None or due != self._journal_turn:
+            self._close_journal()
+            self._journal_index, self._journal_turn = open_journal(self._journal), due
+            self.counts["journals opened"] += 1
+        return self._journal_index
+
+    def _close_journal(self) -> None:
+        if self._journal_index is not None:
+            self._journal_index.close()
+            self._journal_index = None
 
     def _stop_early(self, loaded: LoadedModel) -> None:
         from lyra_emergence.generation import GenerationOptions, stream_generate
