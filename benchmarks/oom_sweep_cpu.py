@@ -1,6 +1,6 @@
 """Refuses every allocation of main memory while loading and answering in turn, and checks that no token is lost.
 
-    uv run python -m benchmarks.oom_sweep_cpu                        # every allocation; an hour
+    uv run python -m benchmarks.oom_sweep_cpu                        # every allocation; two hours
     uv run python -m benchmarks.oom_sweep_cpu --every 10             # every 10th
     uv run python -m benchmarks.oom_sweep_cpu --case tensors --case split
     uv run python -m benchmarks.oom_sweep_cpu --record runs.jsonl    # stopped, and called again: goes on where it was

@@ -6,8 +6,9 @@
 
 One cycle, on the simulated accelerator: a tiny checkpoint of the next family is loaded in the next placement, sometimes
 while an allocation is refused, and answers greedily, by sampling and in a chat over a journal. Half of the answers have
-a random allocation refused, once or from there on; some are closed before their end; every third cycle meets a
-checkpoint that is cut off. Answers must be those of an undisturbed run, token for token. Then the model is closed.
+a random allocation refused, once or from there on; some are closed before their end; a second journal is opened and
+closed; every third cycle meets a checkpoint that is cut off. Answers must be those of an undisturbed run, token for
+token. Then the model is closed.
 
 After each cycle a sample is taken: bytes on the devices, pinned bytes, threads, file handles, maps of checkpoint files,
 private memory (`RssAnon`, after glibc gave back what it holds), and objects that Python's collector knows.
@@ -54,10 +55,6 @@ ALLOWED = {"private": (2 * 2**20, 8 * 2**10), "objects": (300, 0.05)}
 
 2 MiB is what a heap's fragments move by, and less than two of the smallest models here. 8 KiB is three times what
 safetensors 0.8 leaves behind: 60 bytes for each tensor read, about 2.4 kB a load. One lost KV cache would be more.
-"""
-_JOURNAL_CYCLES = 16
-"""Cycles that a journal stays open for. A program opens one for all of its life; each time, safetensors leaves 60 bytes
-behind for each of the 103 tensors of the model that embeds its entries, and that would hide a leak of ours.
 """
 _LONGEST_END = 2.0
 """Seconds that a thread which has ended its work may still be listed."""
@@ -143,8 +140,7 @@ class Soak:
         self._broken = _cut_off(self._directories[names[0]], folder / "broken")
         self._expected: dict[tuple[str, str], Any] = {}
         self._threads_before = sys.maxsize
-        self._journal_index: JournalIndex | None = None
-        self._journal_turn = 0
+        self._index: JournalIndex | None = None
 
     def run(self, seconds: float) -> list[Sample]:
         """Run cycles for that long, and `_FEWEST` at least; return the sample after each."""
@@ -162,7 +158,8 @@ class Soak:
                 self.findings.append(f"cycle {len(samples)}, {family} {place}: {type(error).__name__}: {error}")
             self._sim.reset()
             samples.append(self._sample(len(samples)))
-        self._close_journal()
+        if self._index is not None:
+            self._index.close()
         gc.unfreeze()
         return samples
 
@@ -182,6 +179,7 @@ class Soak:
             for kind in ("greedy", "sampling", "chat"):
                 self._answer(loaded, family, kind)
             self._stop_early(loaded)
+            self._open_another_journal()
         finally:
             loaded.close()
 
@@ -203,27 +201,33 @@ class Soak:
 
         if kind == "chat":
             session = ChatSession(
-                loaded, self._opened_journal(), options=GenerationOptions(max_new_tokens=NEW_TOKENS), passages=1
+                loaded, self._kept_journal(), options=GenerationOptions(max_new_tokens=NEW_TOKENS), passages=1
             )
             return "".join(chunk.text for chunk in session.ask("When was the river high?"))
         options = GenerationOptions(max_new_tokens=NEW_TOKENS, do_sample=kind == "sampling", temperature=1.5, seed=7)
         return [token for chunk in stream_generate(loaded, PROMPT, options) for token in chunk.token_ids]
 
-    def _opened_journal(self) -> JournalIndex:
-        """Return the journal, opened anew every `_JOURNAL_CYCLES` cycles."""
+    def _kept_journal(self) -> JournalIndex:
+        """Return the journal that stays open, as a program's does, with the model that embeds what is asked."""
         from lyra_emergence.journal import open_journal
 
-        due = self.counts["cycles"] // _JOURNAL_CYCLES
-        if self._journal_index is None or due != self._journal_turn:
-            self._close_journal()
-            self._journal_index, self._journal_turn = open_journal(self._journal), due
-            self.counts["journals opened"] += 1
-        return self._journal_index
+        if self._index is None:
+            self._index = open_journal(self._journal)
+        return self._index
 
-    def _close_journal(self) -> None:
-        if self._journal_index is not None:
-            self._journal_index.close()
-            self._journal_index = None
+    def _open_another_journal(self) -> None:
+        """Open a journal and close it, without a question to its model.
+
+        safetensors leaves 57 bytes behind for each of the model's 103 tensors each time that it is read, which would
+        hide a leak of ours.
+        """
+        from lyra_emergence.journal import open_journal
+
+        journal = open_journal(self._journal)
+        if journal.store.count("entries") != len(_JOURNAL):
+            self.findings.append("a journal was opened without all of its entries")
+        journal.close()
+        self.counts["journals opened and closed"] += 1
 
     def _stop_early(self, loaded: LoadedModel) -> None:
         from lyra_emergence.generation import GenerationOptions, stream_generate

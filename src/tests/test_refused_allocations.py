@@ -158,6 +158,11 @@ def test_two_answers_from_one_model(sweeper: Sweeper, checkpoints: Checkpoints) 
     check(sweeper, Case(str(checkpoints("llama")), Refusing(aligned=0), mode="shared"), 3)
 
 
+def test_layers_that_are_read_as_they_run(sweeper: Sweeper, checkpoints: Checkpoints) -> None:
+    refusing = Refusing(aligned=0, mapped=0)
+    check(sweeper, Case(str(checkpoints("llama")), refusing, {"device_map": {"": "cpu", "model.layers": "disk"}}), 3)
+
+
 def test_threads_that_load_at_once(sweeper: Sweeper, checkpoints: Checkpoints) -> None:
     others = (str(checkpoints("gpt2")),)
     check(sweeper, Case(str(checkpoints("llama")), Refusing(aligned=0), mode="parallel", others=others), 2)
