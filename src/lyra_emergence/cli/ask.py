@@ -42,20 +42,20 @@ def run_ask(prompt: str | None, options: Options, console: Console) -> int:
         LyraError: There is nothing to answer, or no answer is possible.
     """
     text = compose_prompt(prompt, read_piped(console))
-    keeping = open_keeping(options, console)
-    ready = settle(options, console)
-    if options.journal is None and ready.journal is not None:
-        console.note(describe_journal(ready.journal))
-    began = time.perf_counter()
-    with _opened(ready, console) as model:
-        loaded_seconds = time.perf_counter() - began
-        if not console.shows_progress:
-            console.note(f"loaded {ready.summary()}" if options.endpoint is None else f"asking {model.placement()}")
-        session = begin_session(ready, model, keeping)
-        if options.json:
-            console.print(_printable_json(_answer_as_data(session, text, ready, model, loaded_seconds)))
-            return 0
-        answer = print_answer(session, session.ask(text), console, View(stream=options.stream))
+    with open_keeping(options, console) as keeping:
+        ready = settle(options, console)
+        if options.journal is None and ready.journal is not None:
+            console.note(describe_journal(ready.journal))
+        began = time.perf_counter()
+        with _opened(ready, console) as model:
+            loaded_seconds = time.perf_counter() - began
+            if not console.shows_progress:
+                console.note(f"loaded {ready.summary()}" if options.endpoint is None else f"asking {model.placement()}")
+            session = begin_session(ready, model, keeping)
+            if options.json:
+                console.print(_printable_json(_answer_as_data(session, text, ready, model, loaded_seconds)))
+                return 0
+            answer = print_answer(session, session.ask(text), console, View(stream=options.stream))
     return INTERRUPTED if answer is None or answer.finish_reason == "interrupted" else 0
 
 

@@ -53,20 +53,18 @@ def run_chat(options: Options, console: Console) -> int:
     """
     if options.json:
         raise ConfigError("--json prints one answer, but there is no prompt", hint='write: lyra.py --json "..."')
-    keeping = open_keeping(options, console)
-    ready = settle(options, console)
-    behind = ModelBehind(ready, console)
-    chat = Chat(ready, console, behind.wait, keeping=keeping, view=View(stream=options.stream), loading=behind)
-    chat.welcome()
-    try:
-        code = chat.run(_reader(chat, behind, console, keep_history=not options.no_log).read)
-    except LoadFailed as failed:
-        raise failed.error from None
-    if behind.error is not None:
-        behind.tell()
-        raise behind.error
-    if keeping.store is not None:
-        keeping.store.close()
+    with open_keeping(options, console) as keeping:
+        ready = settle(options, console)
+        behind = ModelBehind(ready, console)
+        chat = Chat(ready, console, behind.wait, keeping=keeping, view=View(stream=options.stream), loading=behind)
+        chat.welcome()
+        try:
+            code = chat.run(_reader(chat, behind, console, keep_history=not options.no_log).read)
+        except LoadFailed as failed:
+            raise failed.error from None
+        if behind.error is not None:
+            behind.tell()
+            raise behind.error
     if behind.running:
         _leave_at_once(code)
     if behind.model is not None:

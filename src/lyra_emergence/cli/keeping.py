@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from lyra_emergence.errors import ConfigError, ConversationError
 
@@ -20,7 +20,7 @@ __all__ = ["Keeping", "begin_session", "open_keeping"]
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """The conversation of a run.
+    """The conversation of a run; leaving its context closes the file.
 
     Attributes:
         store: All conversations; None where none is kept.
@@ -31,6 +31,13 @@ class Keeping:
     store: ConversationStore | None
     continued: Conversation | None = None
     turns: tuple[Turn, ...] = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.store is not None:
+            self.store.close()
 
     def log(self, ready: Ready) -> ConversationLog | None:
         """Return where this run's conversation is kept."""
@@ -80,8 +87,12 @@ def open_keeping(options: Options, console: Console) -> Keeping:
         return Keeping(store)
     if store is None:
         raise ConversationError("no conversation can be continued: none can be read", hint="see the note above")
-    found = _wanted(store, options)
-    return Keeping(store, found, tuple(store.turns(found)))
+    try:
+        found = _wanted(store, options)
+        return Keeping(store, found, tuple(store.turns(found)))
+    except BaseException:
+        store.close()
+        raise
 
 
 def _wanted(store: ConversationStore, options: Options) -> Conversation:

@@ -14,6 +14,7 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -108,11 +109,13 @@ class Store:
         except BaseException:
             self._database.close()
             raise
+        # Who forgets to close it leaves no open file behind; Python 3.13 and later warn of one.
+        self._end = weakref.finalize(self, self._database.close)
 
     def start_over(self) -> None:
         """Drop the file and begin an empty one."""
         with self._lock:
-            self._database.close()
+            self._end()
             if self.path is not None:
                 drop(self.path)
             self._open()
@@ -164,7 +167,7 @@ class Store:
     def close(self) -> None:
         """Close the file; using the store afterward is an error."""
         with self._lock:
-            self._database.close()
+            self._end()
 
     @contextmanager
     def changing(self) -> Iterator[None]:
