@@ -105,8 +105,11 @@ def _mapping(jobs: int) -> Any:
 
 
 def _build(names: list[str], folder: Path) -> None:
+    from transformers.utils import logging
+
     from tests import families
 
+    logging.disable_progress_bar()
     for name in names:
         families.build_checkpoint(name, folder / name)
 
@@ -185,10 +188,11 @@ def _settings(place: str, directory: Path) -> dict[str, Any]:
 @cache
 def _accelerator() -> SimulatedAccelerator:
     """Switch this process's simulated accelerator on, once and for good."""
-    import transformers  # noqa: F401 - see below
+    from transformers.utils import logging  # and with it what is frozen below
 
     from tests import simulated_accelerator
 
+    logging.disable_progress_bar()
     lending = ExitStack()
     sim = lending.enter_context(simulated_accelerator.load().lent())
     atexit.register(lending.close)

@@ -87,12 +87,14 @@ def main() -> int:
 
 def _cases(folder: Path) -> dict[str, Case]:
     import torch
+    from transformers.utils import logging
 
     from src.tests.allocator_shim import Refusing
     from src.tests.cpu_sweep import Case
     from src.tests.families import build_checkpoint
     from src.tests.running import PROMPT
 
+    logging.disable_progress_bar()
     llama = str(build_checkpoint("llama", folder / "llama"))
     gpt2 = str(build_checkpoint("gpt2", folder / "gpt2"))
     mixtral = str(build_checkpoint("mixtral", folder / "mixtral"))
