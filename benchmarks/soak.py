@@ -218,7 +218,7 @@ class Soak:
     def _open_another_journal(self) -> None:
         """Open a journal and close it, without a question to its model.
 
-        safetensors leaves 57 bytes behind for each of the model's 103 tensors each time that it is read, which would
+        safetensors leaves 56 bytes behind for each of the model's 103 tensors each time that it is read, which would
         hide a leak of ours.
         """
         from lyra_emergence.journal import open_journal
