@@ -32,7 +32,7 @@ from lyra_emergence.cli.placed import placement_text, weight_shares
 from lyra_emergence.cli.prepare import prepare
 from lyra_emergence.cli.settings import SETTINGS, Settings, change
 from lyra_emergence.conversations import ConversationStore, open_store
-from lyra_emergence.errors import ConfigError, DoesNotFitError, LyraError
+from lyra_emergence.errors import ConfigError, ConversationError, DoesNotFitError, LyraError
 from lyra_emergence.journal import open_journal
 from lyra_emergence.load_report import LoadEvent
 
@@ -614,6 +614,15 @@ def test_no_stream_prints_the_same_at_once(journal: JournalIndex) -> None:
     chat = Chat(script, console, lambda: script, view=View(stream=False))
     chat.run(lines(QUESTION))
     assert console.stdout.getvalue() == "By the south wall [1].\n\n[1] 2025-03-02 · Garden plans\n"
+
+
+def test_the_end_of_a_run_closes_the_file_of_its_conversations() -> None:
+    store = open_store(print)
+    assert store is not None
+    with pytest.raises(LyraError, match="broken"), Keeping(store):
+        raise LyraError("broken")
+    with pytest.raises(ConversationError, match="closed database"):
+        store.latest()
 
 
 def test_conversations_continue_from_one_run_to_the_next(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -362,3 +363,12 @@ def test_entries_are_split_within_the_tokens_of_the_model() -> None:
     assert all(len(described("A title", part).split()) + 2 <= 20 for part in parts)
     assert "".join("".join(parts).split()) == "".join(text.split())
     assert split(JournalEntry("a", START, "Short."), Counter()) == ("Short.",)
+
+
+def test_an_index_that_nobody_closed_is_closed_with_it(tmp_path: Path) -> None:
+    store = Store(tmp_path / "index.db")
+    database = store._database
+    del store
+    gc.collect()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        database.execute("SELECT 1")
